@@ -1,0 +1,40 @@
+"""The mixers, by name. `build` makes one; `names` lists them."""
+
+from typing import Any
+
+from ssmlens.configuration import Config
+from ssmlens.errors import UserError, nearest
+from ssmlens.mixers.base import Mixer
+from ssmlens.mixers.mamba import Mamba, MambaConfig
+from ssmlens.polarization import Polarization
+
+__all__ = ["Mamba", "MambaConfig", "Mixer", "build", "configure", "names", "register"]
+
+_REGISTRY: dict[str, type[Mixer]] = {}
+
+
+def register(name: str, mixer: type[Mixer]) -> None:
+    """Make a mixer known under a name. Raises ValueError where the name is taken by another."""
+    if _REGISTRY.setdefault(name, mixer) is not mixer:
+        raise ValueError(f"a mixer named {name!r} is registered already: {_REGISTRY[name].__name__}")
+
+
+register("mamba", Mamba)
+
+
+def names() -> list[str]:
+    """The names that `build` knows."""
+    return sorted(_REGISTRY)
+
+
+def configure(name: str, config: dict[str, Any]) -> Config:
+    """The validated configuration of the mixer `name`. Raises UserError naming an unknown mixer or key and the nearest known."""
+    if name not in _REGISTRY:
+        raise UserError(f"unknown mixer {name!r}{nearest(name, names())} (known: {', '.join(names())})")
+    return _REGISTRY[name].config_class.of(config, f"mixer {name!r}")
+
+
+def build(name: str, d_model: int, *, polarization: Polarization | None = None, **config: Any) -> Mixer:
+    """A freshly initialised mixer of width d_model. `config` holds the keys of its config class (others raise UserError)."""
+    validated = configure(name, config)
+    return _REGISTRY[name](d_model, validated, polarization)

@@ -1,0 +1,63 @@
+"""What a mixer must offer: the part of a block that mixes time. Everything else (the lens, polarization, training, generation)
+works on any module that does."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ssmlens.configuration import Config
+from ssmlens.polarization import Polarization
+from ssmlens.recurrence import Coefficients
+
+
+class Mixer(nn.Module, ABC):
+    """A causal map (batch, length, d_model) → (batch, length, d_model) with a state of constant size.
+
+    forward and step compute the same thing: a whole sequence, or one token with the state carried. A state is whatever
+    the mixer likes (a NamedTuple of tensors whose first dimension is the batch), None at the beginning of a sequence.
+    """
+
+    config_class: ClassVar[type[Config]]
+
+    def __init__(self, d_model: int, config: Config, polarization: Polarization | None) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.config = config
+        self.polarization = polarization
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "batch length d_model"],
+        state: Any = None,
+        *,
+        mask: Bool[Tensor, "batch length"] | None = None,
+        reset: Bool[Tensor, "batch length"] | None = None,
+    ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
+        """y and the state after the last token. mask: False at left padding, which leaves no trace in y and state.
+        reset: True at the first token of each packed sequence."""
+
+    @abstractmethod
+    def step(
+        self, x: Float[Tensor, "batch d_model"], state: Any = None
+    ) -> tuple[Float[Tensor, "batch d_model"], Any]:
+        """One token: what forward does at length 1."""
+
+    @abstractmethod
+    def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
+        """This layer as the recurrence on x. Raises ValueError where its transition is not diagonal."""
+
+    @abstractmethod
+    def decode(self, states: Tensor, x: Float[Tensor, "batch length d_model"]) -> Tensor:
+        """y from the states (batch, length, *state_shape) and the input: c_t and whatever surrounds it, so that
+        decode(coefficients(x).states(), x) equals forward(x)[0]."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """The authors' initialisation, of every parameter. Called by the constructor; nobody else re-initialises a mixer."""
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of own parameters that weight decay must not touch (biases and other vectors need not be named)."""

@@ -1,0 +1,14 @@
+"""Whole models: blocks, backbone, heads; other people's checkpoints are in `ssmlens.models.pretrained`."""
+
+from ssmlens.models.backbone import Backbone, Block, RMSNorm
+from ssmlens.models.language_model import (
+    Architecture,
+    LanguageModel,
+    LanguageModelConfig,
+    LanguageModelOutput,
+    StateCache,
+)
+
+__all__ = [
+    "Architecture", "Backbone", "Block", "LanguageModel", "LanguageModelConfig", "LanguageModelOutput", "RMSNorm", "StateCache",
+]  # fmt: skip

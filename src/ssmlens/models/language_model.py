@@ -1,0 +1,236 @@
+"""A causal language model over any mixer, as a transformers PreTrainedModel: save_pretrained, from_pretrained, generate.
+
+    tokens (batch, length) → embedding → blocks → norm → head → logits (batch, length, vocab_size)
+
+Its cache holds one state for every block, of constant size: generation costs the same at the millionth token as at the first.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+
+from ssmlens import mixers
+from ssmlens.configuration import Config
+from ssmlens.mixers import Mixer
+from ssmlens.models.backbone import Backbone, Embedding, RMSNorm
+from ssmlens.polarization import Polarization
+
+IGNORED = -100  # a target that neither loss nor accuracy looks at
+
+
+class Architecture(Config):
+    """What a language model is. mixer, mixer_config: a name of `ssmlens.mixers.names()` and the keys of its configuration."""
+
+    vocab_size: int = Field(default=256, ge=1)
+    d_model: int = Field(default=64, ge=1)
+    n_layers: int = Field(default=2, ge=1)
+    mixer: str = "mamba"
+    mixer_config: dict[str, Any] = Field(default_factory=dict)
+    polarization: Polarization | None = None
+    tie_word_embeddings: bool = True
+    norm_eps: float = Field(default=1e-5, gt=0)
+
+    def build_mixers(self) -> list[Mixer]:
+        config = {"n_residuals": self.n_layers, **self.mixer_config}
+        return [
+            mixers.build(self.mixer, self.d_model, polarization=self.polarization, **config)
+            for _ in range(self.n_layers)
+        ]
+
+
+# What transformers itself writes into a config.json; anything else that is not a field of Architecture is an error.
+_TRANSFORMERS_KEYS = set(PreTrainedConfig().to_dict()) | {
+    "architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "use_cache", "name_or_path", "_name_or_path",
+    "attn_implementation", "return_dict", "output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+class LanguageModelConfig(PreTrainedConfig):
+    """transformers' envelope around `Architecture`, whose fields are its attributes. Unknown keys raise UserError."""
+
+    model_type = "ssmlens"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers"}  # noqa: RUF012
+
+    def __init__(self, **fields: Any) -> None:
+        theirs = {k: fields.pop(k) for k in list(fields) if k in _TRANSFORMERS_KEYS - set(Architecture.model_fields)}
+        theirs.pop("model_type", None)
+        architecture = Architecture.of(fields, "model configuration")
+        mixers.configure(architecture.mixer, architecture.mixer_config)
+        for name, value in architecture.model_dump(mode="json").items():
+            setattr(self, name, value)
+        super().__init__(**theirs)
+
+    @property
+    def architecture(self) -> Architecture:
+        return Architecture.of({name: getattr(self, name) for name in Architecture.model_fields}, "model configuration")
+
+    def to_dict(self) -> dict[str, Any]:
+        theirs = ("architectures", "dtype", "model_type", "transformers_version", *Architecture.model_fields)
+        return {k: v for k, v in super().to_dict().items() if k in theirs}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Everything of ours is saved, defaults too: a checkpoint must not change when a default does."""
+        return self.to_dict()
+
+
+class StateCache:
+    """One state for every block: what generation carries from token to token. Constant size."""
+
+    is_compileable = False  # transformers asks
+
+    def __init__(self, states: list[Any], length: int) -> None:
+        self.states = states
+        self.length = length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def numbers(self) -> int:
+        """How many numbers the cache holds."""
+        return sum(t.numel() for state in self.states for t in state)
+
+    def reorder_cache(self, beam_idx: Tensor) -> "StateCache":
+        """Follow the beams that a beam search keeps."""
+        self.states = [type(s)(*(t.index_select(0, beam_idx.to(t.device)) for t in s)) for s in self.states]
+        return self
+
+
+@dataclass
+class LanguageModelOutput(ModelOutput):
+    """logits: (batch, length, vocab_size), or with targets (n_targets, vocab_size), only where there is one.
+    loss: mean cross-entropy over targets, in nats. hidden_states: the residual stream before each block, then last_hidden_state."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: StateCache | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    n_targets: Tensor | None = None
+    n_correct: Tensor | None = None
+
+
+class LanguageModel(PreTrainedModel, GenerationMixin):
+    config_class = LanguageModelConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
+    _is_stateful = True  # the cache cannot be rolled back: no assisted decoding
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__(config)
+        architecture = config.architecture
+        self.backbone = Backbone(architecture.vocab_size, architecture.build_mixers(), architecture.norm_eps)
+        self.lm_head = nn.Linear(architecture.d_model, architecture.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Each module initialises itself; transformers' own scheme would overwrite what a mixer sets up, biases first of all.
+        What a checkpoint has already filled stays."""
+        if not isinstance(module, Mixer | RMSNorm | Embedding) and module is not self.lm_head:
+            return
+        loaded = {n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+        module.reset_parameters()
+        for name, value in loaded.items():
+            module.get_parameter(name).copy_(value)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embedding = value
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch length"] | None = None,
+        inputs_embeds: Float[Tensor, "batch length d_model"] | None = None,
+        targets: Int[Tensor, "batch length"] | None = None,
+        labels: Int[Tensor, "batch length"] | None = None,
+        attention_mask: Tensor | None = None,
+        reset: Bool[Tensor, "batch length"] | None = None,
+        past_key_values: StateCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> LanguageModelOutput:
+        """targets[t] is what position t is to predict, -100 where nothing is: logits are computed there only.
+        labels: transformers' convention, the tokens themselves, shifted here (labels = input_ids trains a language model).
+        attention_mask: 0 at left padding. reset: True at the first token of each packed sequence.
+        past_key_values: what an earlier call with use_cache=True returned. logits_to_keep: only the last that many positions.
+
+        Raises ValueError for both or neither of input_ids and inputs_embeds, right padding, or token ids outside the vocabulary (CPU)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if targets is not None and labels is not None:
+            raise ValueError("give targets (aligned) or labels (shifted by the model), not both")
+        x = self.backbone.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = self._mask(attention_mask, x.shape[1])
+        states = None if past_key_values is None else past_key_values.states
+        hidden, states, kept = self.backbone(x, states, mask=mask, reset=reset, keep=bool(output_hidden_states))
+        output = LanguageModelOutput(last_hidden_state=hidden, hidden_states=kept)
+        if use_cache:
+            seen = 0 if past_key_values is None else past_key_values.length
+            output.past_key_values = StateCache(states, seen + x.shape[1])
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if targets is None:
+            output.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            return output
+        at = targets != IGNORED
+        wanted = targets[at]
+        output.logits = self.lm_head(hidden[at])
+        # the mean over no targets is NaN; a batch without any (packed data) must train on nothing instead
+        output.loss = F.cross_entropy(output.logits.float(), wanted, reduction="sum") / max(1, wanted.numel())
+        output.n_targets = at.sum()
+        output.n_correct = (output.logits.argmax(-1) == wanted).sum()
+        return output
+
+    def _mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+        """The last `length` columns as bool, or None where nothing is padded. Right padding would end in the state: refused."""
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must have shape (batch, length), got {tuple(attention_mask.shape)}")
+        mask = attention_mask[:, -length:].bool()
+        if mask.shape[1] != length:
+            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, the input has {length}")
+        if bool(mask.all()):
+            return None
+        if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            raise ValueError("attention_mask pads on the right or in the middle; pad on the left (tokenizer.padding_side = 'left')")
+        return mask
+
+    def parameter_groups(
+        self, weight_decay: float, variant: Literal["corrected", "released"] = "corrected"
+    ) -> list[dict[str, Any]]:
+        """AdamW's groups. "corrected" exempts what the mixers declare (Mamba: A_log, D) and every vector (biases, norms);
+        "released" decays everything, as the paper's released code does."""
+        exempt = {
+            id(module.get_parameter(name))
+            for module in self.modules()
+            if isinstance(module, Mixer)
+            for name in module.no_weight_decay()
+        }
+        decay, rest = [], []
+        for p in self.parameters():
+            if p.requires_grad:
+                free = variant == "corrected" and (id(p) in exempt or p.dim() < 2)
+                (rest if free else decay).append(p)
+        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        return [g for g in groups if g["params"]]

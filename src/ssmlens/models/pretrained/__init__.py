@@ -1,0 +1,93 @@
+"""Checkpoints, ours and other people's: `load` turns a directory or hub id into a model. No code from a checkpoint is ever run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssmlens.errors import UserError
+from ssmlens.models.language_model import LanguageModel
+from ssmlens.models.pretrained.mamba import from_transformers_mamba
+
+__all__ = ["from_transformers_mamba", "load", "packaged"]
+
+
+def packaged() -> dict[str, Path]:
+    """The checkpoints that ship with ssmlens, by name."""
+    root = Path(__file__).resolve().parents[2] / "checkpoints"
+    return {p.name: p for p in sorted(root.iterdir()) if (p / "config.json").is_file()} if root.is_dir() else {}
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """A model from a local directory, the name of a packaged checkpoint, or a hub id; in eval mode, float32.
+
+    Ours (`model_type: ssmlens`) and transformers' Mamba come back as a `LanguageModel`, other causal language models as
+    transformers' own class. Only safetensors are read. Raises UserError, naming the path, for what cannot be loaded whole."""
+    name = os.fspath(path)
+    local = packaged().get(name, Path(name))
+    if local.is_dir():
+        kind = _model_type(local)
+        source = str(local)
+    elif local.exists():
+        raise UserError(f"{name} is a file; give the directory that holds config.json and model.safetensors")
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        kind, source = None, name
+    else:
+        known = ", ".join(packaged()) or "none"
+        raise UserError(f"no model at {name}: no such directory, no packaged checkpoint (there are: {known}), not a hub id")
+    return _checked(name, *_read(name, source, kind)).eval()
+
+
+def _model_type(directory: Path) -> str:
+    config = directory / "config.json"
+    if not config.is_file():
+        raise UserError(f"{directory} holds no config.json: not a model directory")
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{config} is not readable JSON: {e}") from None
+    if not isinstance(kind, str):
+        raise UserError(f"{config} has no model_type")
+    return kind
+
+
+def _read(name: str, source: str, kind: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # what a warning would say of missing keys, `_checked` raises
+    logging.disable_progress_bar()
+    reader: Any = LanguageModel if kind == "ssmlens" else AutoModelForCausalLM
+    try:
+        return reader.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
+    except Exception as e:  # transformers, safetensors and the hub raise a dozen kinds; each means: this cannot be loaded
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"cannot load {name}: {reason[:300]}") from e
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _checked(name: str, model: nn.Module, info: dict[str, Any]) -> nn.Module:
+    for what, keys in (("lacks", info.get("missing_keys")), ("has unknown", info.get("unexpected_keys"))):
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(f"cannot load {name}: the checkpoint {what} {some}")
+    if info.get("mismatched_keys"):
+        key, got, want = next(iter(info["mismatched_keys"]))
+        raise UserError(f"cannot load {name}: {key} has shape {tuple(got)}, the configuration says {tuple(want)}")
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"cannot load {name}: {key} contains NaN or infinity")
+    if getattr(model.config, "model_type", "") == "mamba":
+        return from_transformers_mamba(model)
+    return model

@@ -1,0 +1,74 @@
+"""The one equation, per layer and per inner channel (the paper's Eq. 1):
+
+    h_t = a_t h_{t-1} + u_t,   u_t = Δ_t b_t(x_t),   y_t = c_t(h_t),   h_0 = 0
+
+`Coefficients` holds one layer's a_t and u_t on one input: what a mixer *is*, once its parameters and its input are known.
+Nothing here is learned, and nothing is expanded before it is asked for: a_t alone has d_state numbers for every inner channel and
+token, so ask for a block of tokens (`a_at`) where the input is long.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALL = slice(None)
+
+
+def run(a: Tensor, u: Tensor, h: Tensor) -> list[Tensor]:
+    """The states h_1 .. h_T of the recurrence, entry by entry; a, u: (batch, length, *state), h: (batch, *state) = h_0."""
+    states = []
+    for t in range(u.shape[1]):
+        h = a[:, t] * h + u[:, t]
+        states.append(h)
+    return states
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One layer's view as the recurrence on one input of shape (batch, length).
+
+    transition(tokens) → a_t, drive(tokens) → u_t, content(tokens) → b_t, each (batch, tokens, *state_shape) for a slice of tokens.
+    content is None where the family has no separate b_t; dt: (batch, length, ...) broadcasting from the left to the state, or None.
+    ones, zeros: bool masks over state_shape: the state channels that polarization holds at one and at zero.
+    """
+
+    batch: int
+    length: int
+    state_shape: tuple[int, ...]
+    transition: Callable[[slice], Tensor]
+    drive: Callable[[slice], Tensor]
+    content: Callable[[slice], Tensor] | None
+    dt: Tensor | None
+    ones: Tensor
+    zeros: Tensor
+
+    @property
+    def a(self) -> Tensor:
+        """a_t, (batch, length, *state_shape)."""
+        return self.transition(ALL)
+
+    @property
+    def u(self) -> Tensor:
+        """u_t = Δ_t b_t(x_t), (batch, length, *state_shape)."""
+        return self.drive(ALL)
+
+    @property
+    def b(self) -> Tensor | None:
+        """b_t(x_t), (batch, length, *state_shape), or None where the family does not separate it from Δ_t."""
+        return None if self.content is None else self.content(ALL)
+
+    def a_at(self, tokens: slice) -> Tensor:
+        return self.transition(tokens)
+
+    def u_at(self, tokens: slice) -> Tensor:
+        return self.drive(tokens)
+
+    def b_at(self, tokens: slice) -> Tensor | None:
+        return None if self.content is None else self.content(tokens)
+
+    def states(self) -> Tensor:
+        """h_1 .. h_T by the definition, (batch, length, *state_shape)."""
+        a, u = self.a, self.u
+        return torch.stack(run(a, u, torch.zeros_like(u[:, 0])), 1)

@@ -1,0 +1,266 @@
+"""The record of a run: what was measured, how, from what, and how sure we are of it.
+
+A `Record` is plain data: tables and figures whose every number carries its standard error, with the configuration, seeds and
+provenance (versions, commit, device) that produced it. It is written atomically as JSON. JSON has no infinities and no NaN:
+they are written as null, and `nonfinite` maps the place (a JSON pointer) to "inf", "-inf" or "nan", so that nothing is lost.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ssmlens.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Value(_Part):
+    """A number with its standard error (None: not estimated) and the count of independent samples behind it."""
+
+    value: float
+    stderr: float | None = None
+    n: int | None = None
+    unit: str = ""
+
+
+Cell = Value | float | int | str | None
+
+
+class Column(_Part):
+    name: str
+    unit: str = ""
+    meaning: str = ""
+
+
+class Table(_Part):
+    """rows[i][j] belongs to columns[j]. `meaning` and `method` are sentences for the reader."""
+
+    id: str
+    title: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    meaning: str = ""
+    method: str = ""
+
+
+class Series(_Part):
+    """One curve. y, stderr, low, high have the length of x; low/high is a confidence band, stderr a standard error.
+    style "fit" is a fitted or theoretical line, drawn thinner; `group` ties the colours of series of one model together."""
+
+    name: str
+    x: list[float] | list[str]
+    y: list[float]
+    stderr: list[float] | None = None
+    low: list[float] | None = None
+    high: list[float] | None = None
+    style: Literal["line", "points", "fit", "step", "bar"] = "line"
+    group: str = ""
+
+
+class Figure(_Part):
+    """A picture as data. `y_floor`: below it values are numerical noise (drawn as a line where given)."""
+
+    id: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series]
+    x_scale: Literal["linear", "log", "category"] = "linear"
+    y_scale: Literal["linear", "log"] = "linear"
+    y_floor: float | None = None
+    meaning: str = ""
+    method: str = ""
+
+
+class Provenance(_Part):
+    ssmlens: str
+    python: str
+    platform: str
+    processor: str
+    device: str
+    threads: int | None
+    versions: dict[str, str]
+    commit: str | None
+    command: list[str]
+    created: str
+
+
+class Record(_Part):
+    """What a measuring verb writes as results.json.
+
+    verdict: sentences in plain words, the most important first. complete: False where a run was interrupted and this is what
+    was finished. seeds: every seed that randomness came from. config: what would reproduce it."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    title: str
+    verdict: list[str] = Field(default_factory=list)
+    tables: list[Table] = Field(default_factory=list)
+    figures: list[Figure] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    config: dict[str, Any] = Field(default_factory=dict)
+    seeds: list[int] = Field(default_factory=list)
+    complete: bool = True
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        """The record as JSON text, with `nonfinite` beside its fields."""
+        nonfinite: dict[str, str] = {}
+        tree = _without_nonfinite(self.model_dump(mode="python"), "", nonfinite)
+        return json.dumps({**tree, "nonfinite": nonfinite}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write to `path` atomically: a reader, or a kill, sees the old file or the new one, never a part."""
+        return write_atomic(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """Raises UserError for text that is not a record of a schema this version reads."""
+        try:
+            tree = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise UserError(f"not a results file: {e}") from e
+        if not isinstance(tree, dict) or "schema_version" not in tree:
+            raise UserError("not a results file: it has no schema_version")
+        if tree["schema_version"] != SCHEMA_VERSION:
+            raise UserError(
+                f"results file has schema version {tree['schema_version']}, this ssmlens reads {SCHEMA_VERSION}; "
+                "use the ssmlens that wrote it"
+            )
+        for pointer, name in (tree.pop("nonfinite", None) or {}).items():
+            _put(tree, pointer, float(name))
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = "/".join(map(str, first["loc"]))
+            raise UserError(f"not a results file: {where}: {first['msg']}") from e
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Record":
+        """Raises UserError, naming the path, where there is no readable record."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"cannot read {path}: {e}") from e
+        try:
+            return cls.from_json(text)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a whole file or nothing: a temporary file beside it, flushed to disk, then renamed.
+
+    Raises UserError where the directory cannot be made or written."""
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another place with --out") from e
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def provenance(device: str = "cpu") -> Provenance:
+    """Where a result comes from: versions, commit, machine, command. Host names and paths stay out of it."""
+    names = ("torch", "transformers", "safetensors", "accelerate", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")
+    try:
+        own = metadata.version("ssmlens")
+    except metadata.PackageNotFoundError:
+        own = "unknown"
+    return Provenance(
+        ssmlens=own,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        device=device,
+        threads=torch.get_num_threads() if torch else None,
+        versions=versions,
+        commit=_commit(),
+        command=[Path(sys.argv[0]).name, *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:])],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file belongs to ("-dirty" where it has changes); None for an installed package."""
+    here = Path(__file__).resolve().parent
+    root = here.parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def _without_nonfinite(node: Any, pointer: str, found: dict[str, str]) -> Any:
+    if isinstance(node, float) and not math.isfinite(node):
+        found[pointer] = repr(node)
+        return None
+    if isinstance(node, dict):
+        escaped = {k: str(k).replace("~", "~0").replace("/", "~1") for k in node}
+        return {str(k): _without_nonfinite(v, f"{pointer}/{escaped[k]}", found) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        return [_without_nonfinite(v, f"{pointer}/{i}", found) for i, v in enumerate(node)]
+    return node
+
+
+def _put(tree: Any, pointer: str, value: float) -> None:
+    *parents, last = (p.replace("~1", "/").replace("~0", "~") for p in pointer.split("/")[1:])
+    try:
+        for part in parents:
+            tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+        tree[int(last) if isinstance(tree, list) else last] = value
+    except (KeyError, IndexError, ValueError, TypeError) as e:
+        raise UserError(f"not a results file: `nonfinite` names {pointer}, which is not there") from e

@@ -1,0 +1,177 @@
+import json
+
+import pytest
+import torch
+from cases import close
+
+from ssmlens.errors import UserError
+from ssmlens.models import LanguageModel, LanguageModelConfig
+
+
+def make(polarized=True, **fields):
+    torch.manual_seed(0)
+    fields = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "polarization": {} if polarized else None, **fields}
+    return LanguageModel(LanguageModelConfig(**fields)).eval()
+
+
+def tokens(batch=2, length=12, vocab=40, seed=1):
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("polarized", [False, True])
+def test_save_and_load(tmp_path, polarized):
+    model = make(polarized)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["n_layers"] == 2
+    if polarized:
+        assert saved["polarization"]["zero"] == "-inf"
+    again = LanguageModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert again.lm_head.weight is again.backbone.embedding.weight
+
+
+def test_untied_head_and_partial_checkpoint_keep_what_was_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["backbone.blocks.0.mixer.D"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    partial = LanguageModel.from_pretrained(tmp_path)
+    got, want = partial.backbone.blocks[0].mixer, model.backbone.blocks[0].mixer
+    assert torch.equal(got.D, torch.ones(32)), "what was missing begins as a new one"
+    assert torch.equal(got.dt_proj.bias, want.dt_proj.bias), "what was there stays"
+
+
+def test_transformers_does_not_touch_the_initialisation():
+    model = make(d_model=64)
+    dt = torch.nn.functional.softplus(model.backbone.blocks[0].mixer.dt_proj.bias)
+    assert dt.min() >= 0.0009
+    assert dt.max() <= 0.11
+    assert dt.std() > 0.005
+    assert 0.018 < model.backbone.embedding.weight.std() < 0.022
+
+
+def test_cached_steps_equal_one_pass_and_the_cache_does_not_grow():
+    model, x = make(), tokens()
+    want = model(x).logits
+    cache, logits, sizes = None, [], set()
+    for t in range(x.shape[1]):
+        out = model(x[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+        sizes.add(cache.numbers())
+    close(torch.cat(logits, 1), want, torch.float32)
+    assert len(sizes) == 1
+    assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("cuts", [[5], [1, 2], [4, 8]])
+def test_chunked_prefill_is_exact(cuts):
+    model, x = make(), tokens()
+    cache, logits = None, []
+    for part in x.tensor_split(cuts, dim=1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    close(torch.cat(logits, 1), model(x).logits, torch.float32)
+
+
+def test_generate_equals_greedy_by_hand_and_ignores_left_padding():
+    model, x = make(), tokens(1, 6)
+    by_hand = x
+    for _ in range(8):
+        by_hand = torch.cat([by_hand, model(by_hand).logits[:, -1:].argmax(-1)], 1)
+    got = model.generate(x, max_new_tokens=8, do_sample=False)
+    assert torch.equal(got, by_hand)
+    assert torch.equal(model.generate(x, max_new_tokens=8, do_sample=False, use_cache=False), by_hand)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), x], 1)
+    mask = torch.cat([torch.zeros(1, 4), torch.ones(1, 6)], 1).long()
+    both = model.generate(torch.cat([padded, tokens(1, 10, seed=3)]), attention_mask=torch.cat([mask, torch.ones(1, 10).long()]),
+                          max_new_tokens=8, do_sample=False)  # fmt: skip
+    assert torch.equal(both[:1, 4:], by_hand)
+
+
+def test_beam_search_follows_its_beams():
+    model, x = make(), tokens(2, 6)
+    cached = model.generate(x, max_new_tokens=6, num_beams=3, do_sample=False)
+    assert torch.equal(cached, model.generate(x, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False))
+
+
+def test_loss_only_where_there_is_a_target():
+    model, x = make(), tokens()
+    targets = torch.full_like(x, -100)
+    targets[0, 3], targets[1, 7] = 5, 6
+    out = model(x, targets=targets)
+    assert out.logits.shape == (2, 40)
+    full = model(x).logits
+    want = torch.nn.functional.cross_entropy(torch.stack([full[0, 3], full[1, 7]]), torch.tensor([5, 6]))
+    close(out.loss, want, torch.float32)
+    assert out.n_targets == 2
+    best = model(x, targets=torch.where(targets == -100, targets, full.argmax(-1)))
+    assert best.n_correct == 2
+    none = model(x, targets=torch.full_like(x, -100))
+    assert none.loss == 0
+    none.loss.backward()
+
+
+def test_labels_follow_transformers_convention():
+    model, x = make(), tokens()
+    shifted = torch.cat([x[:, 1:], torch.full((2, 1), -100)], 1)
+    assert torch.equal(model(x, labels=x).loss, model(x, targets=shifted).loss)
+
+
+def test_packed_sequences():
+    model, x = make(), tokens()
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[:, 5] = True
+    want = torch.cat([model(x[:, :5]).logits, model(x[:, 5:]).logits], 1)
+    close(model(x, reset=reset).logits, want, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_layer": 3}, "did you mean 'n_layers'"),
+        ({"mixer": "mambo"}, "did you mean 'mamba'"),
+        ({"mixer_config": {"d_stat": 3}}, "did you mean 'd_state'"),
+        ({"polarization": {"one": 1.0}}, "must be ≤ 0"),
+        ({"polarization": {"ones": 0, "zeros": 0}}, "no polarization"),
+        ({"polarization": {"zeross": 1}}, "did you mean 'zeros'"),
+        ({"d_model": 0}, "d_model"),
+    ],
+)
+def test_wrong_configurations_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        LanguageModelConfig(**fields)
+
+
+def test_wrong_calls_are_named():
+    model, x = make(), tokens()
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(ValueError, match="not both"):
+        model(x, targets=x, labels=x)
+    right = torch.ones_like(x)
+    right[0, -2:] = 0
+    with pytest.raises(ValueError, match="pad on the left"):
+        model(x, attention_mask=right)
+
+
+def test_weight_decay_groups():
+    model = make()
+    names = {id(p): n for n, p in model.named_parameters()}
+    decay, free = ({names[id(p)] for p in g["params"]} for g in model.parameter_groups(0.1))
+    for word in ("A_log", ".D", "dt_proj.bias", "conv_bias", "norm.weight"):
+        assert any(word in n for n in free), word
+        assert not any(word in n for n in decay), word
+    assert any("in_proj" in n for n in decay)
+    assert len(decay | free) == len(list(model.parameters()))
+    (released,) = model.parameter_groups(0.1, "released")
+    assert len(released["params"]) == len(list(model.parameters()))
+    assert released["weight_decay"] == 0.1

@@ -1,0 +1,129 @@
+"""Checkpoints that are not ours, and broken ones."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
+
+import ssmlens
+from ssmlens.errors import UserError
+from ssmlens.models import LanguageModel, LanguageModelConfig
+from ssmlens.models.pretrained import from_transformers_mamba
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=60, hidden_size=48, num_hidden_layers=3, state_size=8, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model = MambaForCausalLM(config).eval()
+    for p in model.parameters():  # away from the tidy values of an initialisation
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def test_logits_agree_with_transformers_mamba(theirs):
+    ours = from_transformers_mamba(theirs)
+    x = torch.randint(0, 60, (2, 70))
+    with torch.no_grad():
+        want, got = theirs(x).logits, ours(x).logits
+    assert ((got - want).abs().max() / want.abs().max()).item() <= 1e-5
+    for prompt in (x[:1, :9], x[1:, :20]):
+        assert torch.equal(
+            ours.generate(prompt, max_new_tokens=24, do_sample=False), theirs.generate(prompt, max_new_tokens=24, do_sample=False)
+        )
+
+
+def test_gradients_agree_with_transformers_mamba(theirs):
+    ours = from_transformers_mamba(theirs)
+    x = torch.randint(0, 60, (2, 30))
+    theirs(x, labels=x).loss.backward()
+    ours(x, labels=x).loss.backward()
+    want, got = theirs.backbone.layers[1].mixer, ours.backbone.blocks[1].mixer
+    for name in ("A_log", "D", "dt_proj.bias", "x_proj.weight", "in_proj.weight"):
+        a, b = got.get_parameter(name).grad, want.get_parameter(name).grad
+        assert ((a - b).abs().max() / b.abs().max()).item() <= 1e-4, name
+    theirs.zero_grad()
+
+
+def test_load_a_saved_transformers_mamba(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    ours = ssmlens.load(tmp_path)
+    assert isinstance(ours, LanguageModel)
+    x = torch.randint(0, 60, (1, 20))
+    assert torch.allclose(ours(x).logits, theirs(x).logits, atol=1e-4)
+
+
+def test_load_another_family_through_transformers(tmp_path):
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    model.save_pretrained(tmp_path)
+    assert type(ssmlens.load(tmp_path)).__name__ == "GPTNeoXForCausalLM"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    LanguageModel(LanguageModelConfig(vocab_size=20, d_model=8, n_layers=1)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path, **fields):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | fields))
+
+
+def breakages():
+    def truncated(path):
+        data = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+    def missing(path):
+        state = load_file(path / "model.safetensors")
+        del state["backbone.blocks.0.mixer.D"]
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+    def nan(path):
+        state = load_file(path / "model.safetensors")
+        state["backbone.blocks.0.mixer.D"][0] = float("nan")
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+    def unknown(path):
+        state = load_file(path / "model.safetensors")
+        save_file({**state, "backbone.surprise": torch.ones(2)}, path / "model.safetensors", metadata={"format": "pt"})
+
+    return {
+        "truncated": (truncated, "cannot load"),
+        "missing": (missing, "lacks backbone.blocks.0.mixer.D"),
+        "nan": (nan, "mixer.D contains NaN"),
+        "unknown": (unknown, "backbone.surprise"),
+        "shape": (lambda p: edit(p, d_model=12), "shape|size"),
+        "key": (lambda p: edit(p, n_layer=1), "did you mean 'n_layers'"),
+        "type": (lambda p: edit(p, model_type="nonesuch"), "nonesuch"),
+        "json": (lambda p: (p / "config.json").write_text("{"), "not readable JSON"),
+        "no config": (lambda p: (p / "config.json").unlink(), "no config.json"),
+        "no weights": (lambda p: (p / "model.safetensors").unlink(), "cannot load"),
+    }
+
+
+@pytest.mark.parametrize("kind", breakages())
+def test_broken_checkpoints_are_refused_by_name(saved, kind):
+    breaks, message = breakages()[kind]
+    breaks(saved)
+    with pytest.raises(UserError, match=message) as error:
+        ssmlens.load(saved)
+    assert "model" in str(error.value)
+
+
+def test_pickled_weights_are_not_read(saved):
+    torch.save({"x": torch.ones(1)}, saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load"):
+        ssmlens.load(saved)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no model at"):
+        ssmlens.load(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        ssmlens.load(tmp_path / "file")
