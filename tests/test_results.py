@@ -5,6 +5,7 @@ import os
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ssmlens.errors import UserError
 from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance, write_atomic
@@ -77,3 +78,10 @@ def test_provenance_names_versions_but_no_machine_paths(monkeypatch):
     p = provenance()
     assert p.command == ["ssmlens", "diagnose", "model", "--length", "3"]
     assert "torch" in p.versions
+
+
+def test_a_series_whose_parts_differ_in_length_is_refused():
+    with pytest.raises(ValidationError, match="stderr has 1 values, x has 2"):
+        Series(name="s", x=[1.0, 2.0], y=[1.0, 2.0], stderr=[0.1])
+    with pytest.raises(ValidationError, match="both low and high"):
+        Series(name="s", x=[1.0], y=[1.0], low=[0.5])

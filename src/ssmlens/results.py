@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssmlens.errors import UserError
 
@@ -69,6 +69,16 @@ class Series(_Part):
     high: list[float] | None = None
     style: Literal["line", "points", "fit", "step", "bar"] = "line"
     group: str = ""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> "Series":
+        for name in ("y", "stderr", "low", "high"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self.x):
+                raise ValueError(f"{name} has {len(column)} values, x has {len(self.x)}")
+        if (self.low is None) != (self.high is None):
+            raise ValueError("a band needs both low and high")
+        return self
 
 
 class Figure(_Part):

@@ -1,0 +1,95 @@
+"""The typer application. Nothing heavy is imported here."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="ssmlens",
+    help="Shows what a state space model forgets, and fixes it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path | None, typer.Option(help="Directory for results.json, report.html and pictures.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record alone on stdout.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        import ssmlens
+
+        typer.echo(f"ssmlens {ssmlens.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Shows what a state space model forgets, and fixes it."""
+
+
+@app.command()
+def diagnose(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(help="Directories, packaged checkpoints or hub ids; none: the two packaged checkpoints, side by side."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to read; default: held-out English from Python's own documentation.")] = None,
+    token_ids: Annotated[Path | None, typer.Option(help="Token ids instead of text: a file of integers, or a JSON list.")] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences; standard errors come from their spread.")] = 4,
+    probes: Annotated[int, typer.Option(min=1, help="Random probes a target position.")] = 8,
+    exact: Annotated[bool, typer.Option("--exact", help="The whole Jacobian instead of probes: one pass for every dimension.")] = False,
+    initial: Annotated[bool, typer.Option(help="Measure each model also at a fresh initialisation.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of probes, bootstrap and initialisation.")] = 0,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure what a model forgets: influence over distance, sharpness over depth, transition spectra; write a page."""
+    from ssmlens.cli import diagnose as verb
+
+    verb.run(model or [], text, token_ids, length, sequences, probes, exact, initial, seed, out, json)
+
+
+@app.command()
+def reproduce(
+    item: Annotated[str, typer.Argument(help="A table or figure of the paper; `ssmlens list experiments` names them.")],
+    scale: Annotated[str, typer.Option(help="smoke (seconds), laptop (2 cores), paper (a GPU).")] = "laptop",
+    variant: Annotated[list[str] | None, typer.Option(help="Only this variant (repeatable); default: all of the scale.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a configuration; default: the scale's own.")] = None,
+    processes: Annotated[int | None, typer.Option(min=0, help="Runs at a time, one thread each; default: the number of cores. 0: in this process.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs in --out and continue the others.")] = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Repeat a table or figure of the paper, beside the paper's numbers."""
+    from ssmlens.cli import reproduce as verb
+
+    verb.run(item, scale, variant, seeds, processes, resume, out, json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file: [model], [data], [training]; see docs/train.md.")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/NAME of the file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")] = False,
+) -> None:
+    """Train a language model from a configuration file."""
+    from ssmlens.cli import train as verb
+
+    verb.run(config, out, resume)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="mixers, experiments, checkpoints; nothing: all.")] = "",
+) -> None:
+    """Show what there is: mixers, experiments, packaged checkpoints."""
+    from ssmlens.cli import listing as verb
+
+    verb.run(what)

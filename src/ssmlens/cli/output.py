@@ -1,0 +1,35 @@
+"""How every measuring verb ends: results.json, pictures, report.html, and a summary on the terminal."""
+
+import sys
+from pathlib import Path
+
+from ssmlens.results import Record
+
+
+def directory(out: Path | None, default: str) -> Path:
+    """The output directory, made and proved writable before any work is done. Raises UserError."""
+    from ssmlens.results import write_atomic
+
+    chosen = out if out is not None else Path("ssmlens-out") / default
+    probe = write_atomic(chosen / ".writable", "")
+    probe.unlink(missing_ok=True)
+    return chosen
+
+
+def finish(record: Record, out: Path, json: bool) -> None:
+    """Write everything into `out`; print the record alone (json) or a summary and the page to open."""
+    from rich.console import Console
+
+    from ssmlens import report
+    from ssmlens.report import plots, terminal
+
+    record.write(out / "results.json")
+    for figure in record.figures:
+        plots.save(figure, out / f"{figure.id}.png")
+    page = report.write([record], out / "report.html")
+    if json:
+        sys.stdout.write(record.to_json())
+        return
+    console = Console()
+    terminal.show(record, console)
+    console.print(f"\nOpen the page: {page}", highlight=False, soft_wrap=True)
