@@ -14,7 +14,9 @@ def test_authors_initialisation():
     dt = F.softplus(m.dt_proj.bias)
     assert 0.0009 < dt.min() < 0.002
     assert 0.05 < dt.max() < 0.101
-    assert torch.equal(m.A(), -torch.arange(1.0, 17).expand(512, 16).exp().log()) or torch.allclose(m.A(), -torch.arange(1.0, 17).expand(512, 16))
+    assert torch.equal(m.A(), -torch.arange(1.0, 17).expand(512, 16).exp().log()) or torch.allclose(
+        m.A(), -torch.arange(1.0, 17).expand(512, 16)
+    )
     assert m.out_proj.weight.abs().max() <= 1 / math.sqrt(512) / 3 + 1e-6
     slowest = torch.exp(-dt)  # "0.90..0.999" (SPEC.md §4)
     assert slowest.min() > 0.90
@@ -39,7 +41,9 @@ def test_append_and_replace():
     A = replace.A()
     assert (A[:, 0] == 0).all()
     assert torch.isneginf(A[:, -1]).all()
-    assert torch.allclose(A[0, 1:-1], -torch.arange(2.0, 16)), "the slowest made room for the one, the fastest for the zero"
+    assert torch.allclose(A[0, 1:-1], -torch.arange(2.0, 16)), (
+        "the slowest made room for the one, the fastest for the zero"
+    )
     with pytest.raises(ValueError, match="replaces 2 of only 1"):
         mixers.build("mamba", 8, polarization=Polarization(mode="replace"), d_state=1)
 
@@ -72,7 +76,10 @@ def test_mamba_agrees_with_transformers_layer():
     torch.manual_seed(0)
     theirs = MambaMixer(transformers.MambaConfig(hidden_size=24, num_hidden_layers=1), layer_idx=0)
     ours = mixers.build("mamba", 24)
-    state = {k.replace("conv1d.weight", "conv_weight").replace("conv1d.bias", "conv_bias"): v for k, v in theirs.state_dict().items()}
+    state = {
+        k.replace("conv1d.weight", "conv_weight").replace("conv1d.bias", "conv_bias"): v
+        for k, v in theirs.state_dict().items()
+    }
     state["conv_weight"] = state["conv_weight"].squeeze(1)
     ours.load_state_dict(state)
     x = torch.randn(2, 60, 24)

@@ -16,7 +16,15 @@ from ssmlens.models.pretrained import from_transformers_mamba
 @pytest.fixture(scope="module")
 def theirs():
     torch.manual_seed(0)
-    config = MambaConfig(vocab_size=60, hidden_size=48, num_hidden_layers=3, state_size=8, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = MambaConfig(
+        vocab_size=60,
+        hidden_size=48,
+        num_hidden_layers=3,
+        state_size=8,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     model = MambaForCausalLM(config).eval()
     for p in model.parameters():  # away from the tidy values of an initialisation
         p.data += 0.1 * torch.randn_like(p)
@@ -31,7 +39,8 @@ def test_logits_agree_with_transformers_mamba(theirs):
     assert ((got - want).abs().max() / want.abs().max()).item() <= 1e-5
     for prompt in (x[:1, :9], x[1:, :20]):
         assert torch.equal(
-            ours.generate(prompt, max_new_tokens=24, do_sample=False), theirs.generate(prompt, max_new_tokens=24, do_sample=False)
+            ours.generate(prompt, max_new_tokens=24, do_sample=False),
+            theirs.generate(prompt, max_new_tokens=24, do_sample=False),
         )
 
 
@@ -56,7 +65,9 @@ def test_load_a_saved_transformers_mamba(theirs, tmp_path):
 
 
 def test_load_another_family_through_transformers(tmp_path):
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
     model.save_pretrained(tmp_path)
     assert type(ssmlens.load(tmp_path)).__name__ == "GPTNeoXForCausalLM"
 

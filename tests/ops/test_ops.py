@@ -126,7 +126,9 @@ def test_reset_equals_sequences_alone(backend):
     reset[:, [5, 9]] = True
     packed = selective_scan(**kw, reset=reset, backend=backend)
     alone = [
-        selective_scan(**{n: p[:, a:b] if n in ("x", "dt", "B", "C", "z") else p for n, p in kw.items()}, backend=backend)
+        selective_scan(
+            **{n: p[:, a:b] if n in ("x", "dt", "B", "C", "z") else p for n, p in kw.items()}, backend=backend
+        )
         for a, b in [(0, 5), (5, 9), (9, 12)]
     ]
     close(packed, torch.cat(alone, 1), torch.float64)
@@ -157,7 +159,11 @@ def test_influence_is_the_product_of_transitions():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 5), st.booleans(), st.booleans())
 def test_linear_scan_at_any_shape(batch, length, width, complex_, reset):
-    kw = {"a": rand(batch, length, width).detach().sigmoid(), "u": rand(batch, length, width, seed=1), "h0": rand(batch, width, seed=2)}
+    kw = {
+        "a": rand(batch, length, width).detach().sigmoid(),
+        "u": rand(batch, length, width, seed=1),
+        "h0": rand(batch, width, seed=2),
+    }
     if complex_:
         kw["a"] = torch.polar(kw["a"], rand(batch, length, width, seed=4, grad=False))
         kw["u"] = torch.complex(kw["u"].detach(), rand(batch, length, width, seed=5, grad=False)).requires_grad_()
@@ -197,7 +203,13 @@ def test_gated_linear_attention(keys, bonus, monkeypatch):
 def test_rwkv4_attention():
     w = rand(3, seed=4).detach().abs()
     w[0], w[1] = 0, torch.inf  # holds everything; holds only the last token
-    kw = {"r": rand(2, 30, 3), "k": 40 * rand(2, 30, 3, seed=1).detach(), "v": rand(2, 30, 3, seed=2), "w": w, "u": rand(3, seed=5)}
+    kw = {
+        "r": rand(2, 30, 3),
+        "k": 40 * rand(2, 30, 3, seed=1).detach(),
+        "v": rand(2, 30, 3, seed=2),
+        "w": w,
+        "u": rand(3, seed=5),
+    }
     kw["k"][0, :4] = -torch.inf
     reset = torch.zeros(2, 30, dtype=torch.bool)
     reset[1, 11] = True
@@ -208,8 +220,12 @@ def test_rwkv4_attention():
     k, v, u, r = kw["k"][1, 11:, 0], kw["v"][1, 11:, 0], kw["u"][0], kw["r"][1, 11:, 0]
     logits = torch.cat([k[:10], (u + k[10])[None]])
     close(got[1, 21, 0], torch.sigmoid(r[10]) * (logits.softmax(0) * v[:11]).sum(), torch.float64)
-    half, carried = rwkv4_attention(**{n: p[:, :13] if n in "rkv" else p for n, p in kw.items()}, reset=reset[:, :13], return_final_state=True)
-    rest = rwkv4_attention(**{n: p[:, 13:] if n in "rkv" else p for n, p in kw.items()}, reset=reset[:, 13:], state=carried)
+    half, carried = rwkv4_attention(
+        **{n: p[:, :13] if n in "rkv" else p for n, p in kw.items()}, reset=reset[:, :13], return_final_state=True
+    )
+    rest = rwkv4_attention(
+        **{n: p[:, 13:] if n in "rkv" else p for n, p in kw.items()}, reset=reset[:, 13:], state=carried
+    )
     close(torch.cat([half, rest], 1), want, torch.float64)
     for p in ("v", "u"):
         gw, gg = (torch.autograd.grad((y * y).sum(), kw[p], retain_graph=True)[0] for y in (want, got))
@@ -222,11 +238,24 @@ def test_lti_convolution(complex_):
     if complex_:
         A = torch.complex(A, rand(3, 4, seed=7, grad=False))
     A[:, 0], A[:, 3] = 0, -torch.inf
+
     def mk(seed):
         m = rand(3, 4, seed=seed, grad=False)
         return (torch.complex(m, rand(3, 4, seed=seed + 10, grad=False)) if complex_ else m).requires_grad_()
-    kw = {"x": rand(2, 50, 3), "A": A, "B": mk(1), "C": mk(2), "dt": rand(3, seed=3).detach().abs().requires_grad_(), "D": rand(3, seed=4)}
-    kw["h0"] = (torch.complex(rand(2, 3, 4, grad=False), rand(2, 3, 4, seed=8, grad=False)) if complex_ else rand(2, 3, 4, grad=False)).requires_grad_()
+
+    kw = {
+        "x": rand(2, 50, 3),
+        "A": A,
+        "B": mk(1),
+        "C": mk(2),
+        "dt": rand(3, seed=3).detach().abs().requires_grad_(),
+        "D": rand(3, seed=4),
+    }
+    kw["h0"] = (
+        torch.complex(rand(2, 3, 4, grad=False), rand(2, 3, 4, seed=8, grad=False))
+        if complex_
+        else rand(2, 3, 4, grad=False)
+    ).requires_grad_()
     agree(lti_convolution, kw, "chunked", torch.float64, slack=10)
     # zero-order hold, written out, and its limits where a channel is pinned
     a, b = reference.zero_order_hold(A, kw["B"], kw["dt"])
@@ -240,7 +269,9 @@ def test_lti_convolution(complex_):
 @pytest.mark.parametrize("width", [1, 4])
 def test_causal_conv1d(activation, width):
     kw = {"x": rand(2, 15, 5), "weight": rand(5, width, seed=1), "bias": rand(5, seed=2), "activation": activation}
-    want = torch.nn.functional.conv1d(kw["x"].mT, kw["weight"][:, None], kw["bias"], padding=width - 1, groups=5)[..., :15].mT
+    want = torch.nn.functional.conv1d(kw["x"].mT, kw["weight"][:, None], kw["bias"], padding=width - 1, groups=5)[
+        ..., :15
+    ].mT
     want = torch.nn.functional.silu(want) if activation else want
     close(causal_conv1d(**kw, backend="reference"), want, torch.float64)
     if width > 1:

@@ -215,9 +215,7 @@ def test_stream_validates_on_held_out_windows(tmp_path: Path) -> None:
 
 def test_stream_mistakes(tmp_path: Path) -> None:
     path = file(tmp_path)
-    with pytest.raises(
-        UserError, match=r"has 4,500 bytes to train on; a batch of 8 windows of 600 needs 5,400"
-    ):
+    with pytest.raises(UserError, match=r"has 4,500 bytes to train on; a batch of 8 windows of 600 needs 5,400"):
         CorpusStream(config(path, length=600))
     with pytest.raises(UserError, match=r"held-out text of text\.txt is 500 bytes"):
         CorpusStream(config(path, length=501, batch_size=2))

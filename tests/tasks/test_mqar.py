@@ -139,9 +139,7 @@ def test_keys_are_uniform_at_full_size() -> None:
     """256 of 4,095 keys in bins of 65 tokens: all, the last column alone, and the mean of every column."""
     keys = draw(2000, 1024, 256, 8192, 0.01, (9,)).keys.astype(np.int64) - 1
     assert chisquare(np.bincount(keys.ravel() // 65, minlength=63)).pvalue > SURPRISING
-    assert (
-        chisquare(np.bincount(keys[:, -1] // 65, minlength=63)).pvalue > SURPRISING
-    )  # the most often redrawn column
+    assert chisquare(np.bincount(keys[:, -1] // 65, minlength=63)).pvalue > SURPRISING  # the most often redrawn column
     assert abs(keys.mean(axis=0) - 2047).max() < 5 * 4095 / np.sqrt(12 * 2000)
 
 
@@ -226,9 +224,7 @@ def test_shuffled_epochs_show_every_example_once() -> None:
     assert lengths != sorted(lengths)
     assert lengths != sorted(lengths, reverse=True)
     targets = [(batch.labels != IGNORED).sum(1) for batch in epochs[0] if batch.tokens.shape[1] == 32]
-    assert (
-        sum(len(set(t.tolist())) == 2 for t in targets) > len(targets) / 2
-    )  # both numbers of pairs in a batch
+    assert sum(len(set(t.tolist())) == 2 for t in targets) > len(targets) / 2  # both numbers of pairs in a batch
 
 
 def test_mixed_rows_are_well_formed() -> None:
@@ -306,8 +302,7 @@ def test_paper_scale_is_small_and_at_once() -> None:
     batch = stream.batch(64 * stream.batches_per_epoch - 1)
     assert 4 * int((batch.labels != IGNORED).sum(1).max()) == batch.tokens.shape[1]
     assert (
-        sum(part.nbytes for s in paper_text_mix() for part in draw(1, s.length, s.pairs, 8192, 0.01, (0,)))
-        * (20_000)
+        sum(part.nbytes for s in paper_text_mix() for part in draw(1, s.length, s.pairs, 8192, 0.01, (0,))) * (20_000)
         < 110e6
     )
 

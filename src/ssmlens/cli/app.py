@@ -28,7 +28,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Shows what a state space model forgets, and fixes it."""
 
@@ -37,14 +39,22 @@ def options(
 def diagnose(
     model: Annotated[
         list[str] | None,
-        typer.Argument(help="Directories, packaged checkpoints or hub ids; none: the two packaged checkpoints, side by side."),
+        typer.Argument(
+            help="Directories, packaged checkpoints or hub ids; none: the two packaged checkpoints, side by side."
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to read; default: held-out English from Python's own documentation.")] = None,
-    token_ids: Annotated[Path | None, typer.Option(help="Token ids instead of text: a file of integers, or a JSON list.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to read; default: held-out English from Python's own documentation.")
+    ] = None,
+    token_ids: Annotated[
+        Path | None, typer.Option(help="Token ids instead of text: a file of integers, or a JSON list.")
+    ] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")] = 512,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences; standard errors come from their spread.")] = 4,
     probes: Annotated[int, typer.Option(min=1, help="Random probes a target position.")] = 8,
-    exact: Annotated[bool, typer.Option("--exact", help="The whole Jacobian instead of probes: one pass for every dimension.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="The whole Jacobian instead of probes: one pass for every dimension.")
+    ] = False,
     initial: Annotated[bool, typer.Option(help="Measure each model also at a fresh initialisation.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of probes, bootstrap and initialisation.")] = 0,
     out: Out = None,
@@ -60,10 +70,17 @@ def diagnose(
 def reproduce(
     item: Annotated[str, typer.Argument(help="A table or figure of the paper; `ssmlens list experiments` names them.")],
     scale: Annotated[str, typer.Option(help="smoke (seconds), laptop (2 cores), paper (a GPU).")] = "laptop",
-    variant: Annotated[list[str] | None, typer.Option(help="Only this variant (repeatable); default: all of the scale.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only this variant (repeatable); default: all of the scale.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a configuration; default: the scale's own.")] = None,
-    processes: Annotated[int | None, typer.Option(min=0, help="Runs at a time, one thread each; default: the number of cores. 0: in this process.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs in --out and continue the others.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Runs at a time, one thread each; default: the number of cores. 0: in this process."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished runs in --out and continue the others.")
+    ] = False,
     out: Out = None,
     json: Json = False,
 ) -> None:

@@ -1,8 +1,8 @@
 """`ssmlens train CONFIG`: a TOML file with the tables [model], [data] and [training].
 
-    [model]      the fields of `ssmlens.models.Architecture`; seed is that of the initialisation, weight_decay_groups "corrected"
-    [data]       task = "corpus" (the other keys: `CorpusConfig`) or task = "mqar" (`MqarConfig`)
-    [training]   the fields of `ssmlens.training.TrainConfig`
+[model]      the fields of `ssmlens.models.Architecture`; seed is that of the initialisation, weight_decay_groups "corrected"
+[data]       task = "corpus" (the other keys: `CorpusConfig`) or task = "mqar" (`MqarConfig`)
+[training]   the fields of `ssmlens.training.TrainConfig`
 """
 
 import tomllib

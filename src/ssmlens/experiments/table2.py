@@ -199,7 +199,9 @@ def record(scale_name: str, variants: tuple[str, ...], seeds: list[int], results
     tables, figures, verdict = [], [], []
     for variant in variants:
         cells = {c.id: _by_pairs(found(variant, c), scale) for c in CONFIGURATIONS}
-        gains = {c.id: _gain(found(variant, c), found(variant, _baseline(c))) for c in CONFIGURATIONS if c.ones or c.zeros}
+        gains = {
+            c.id: _gain(found(variant, c), found(variant, _baseline(c))) for c in CONFIGURATIONS if c.ones or c.zeros
+        }
         tables.append(_table(variant, scale, cells, gains, found))
         figures.append(_figure(variant, scale, cells))
         verdict += _sentences(variant, gains)
@@ -275,7 +277,9 @@ def _method(scale: Scale, variant: str) -> str:
         "segment order, early stop at 99 % of the test set",
         "rescaled": f"as corrected, but Δ starts in [{DT_RANGE[0] * PAPER_LENGTH / scale.length:.3g}, 0.8] instead of [0.001, 0.1]",
     }[variant]
-    steps = f"{scale.epochs} epochs of the paper's mix" if scale.steps is None else f"{scale.steps} steps on fresh examples"
+    steps = (
+        f"{scale.epochs} epochs of the paper's mix" if scale.steps is None else f"{scale.steps} steps on fresh examples"
+    )
     return (
         f"{what}. Length {scale.length}, vocabulary {scale.vocab_size}, d_model {scale.d_model}, N = 16 (channels appended), batch "
         f"{scale.batch_size}, {steps}, AdamW with peak learning rate {scale.lr:g}, weight decay 0.1; {scale.test_examples} test "
@@ -344,13 +348,21 @@ def _sentences(variant: str, gains: dict[str, Value]) -> list[str]:
         if bounds is None:
             text = f"{gain.value:+.1f} points from one seed, which says nothing about chance"
         else:
-            sure = "helps" if bounds[0] > 0 else "hurts" if bounds[1] < 0 else "makes no difference that these seeds can show"
+            sure = (
+                "helps"
+                if bounds[0] > 0
+                else "hurts"
+                if bounds[1] < 0
+                else "makes no difference that these seeds can show"
+            )
             text = f"{gain.value:+.1f} points (95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}): {sure}"
         out.append(f"{variant}, {c.layers} layers, {name}: {text} ({beside}).")
     return out
 
 
-def _notes(scale_name: str, scale: Scale, variants: tuple[str, ...], results: dict[str, Any], seconds: float) -> list[str]:
+def _notes(
+    scale_name: str, scale: Scale, variants: tuple[str, ...], results: dict[str, Any], seconds: float
+) -> list[str]:
     notes = [f"{len(results)} runs, {seconds / 3600:.2f} core-hours of training in all."]
     if scale_name != "paper":
         notes.append(
@@ -361,7 +373,9 @@ def _notes(scale_name: str, scale: Scale, variants: tuple[str, ...], results: di
     if stopped := [name for name, r in results.items() if r["finished"] == "early_stop"]:
         notes.append(f"{len(stopped)} runs ended early, at 99 % of the test set: {', '.join(stopped)}.")
     if "released" in variants:
-        notes.append("The released variant looks at the test set to stop, as the released code does; the others never see it.")
+        notes.append(
+            "The released variant looks at the test set to stop, as the released code does; the others never see it."
+        )
     return notes
 
 

@@ -40,9 +40,7 @@ class Mixer(nn.Module, ABC):
         reset: True at the first token of each packed sequence."""
 
     @abstractmethod
-    def step(
-        self, x: Float[Tensor, "batch d_model"], state: Any = None
-    ) -> tuple[Float[Tensor, "batch d_model"], Any]:
+    def step(self, x: Float[Tensor, "batch d_model"], state: Any = None) -> tuple[Float[Tensor, "batch d_model"], Any]:
         """One token: what forward does at length 1."""
 
     @abstractmethod

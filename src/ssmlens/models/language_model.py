@@ -213,7 +213,9 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         if bool(mask.all()):
             return None
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-            raise ValueError("attention_mask pads on the right or in the middle; pad on the left (tokenizer.padding_side = 'left')")
+            raise ValueError(
+                "attention_mask pads on the right or in the middle; pad on the left (tokenizer.padding_side = 'left')"
+            )
         return mask
 
     def parameter_groups(

@@ -262,7 +262,9 @@ def rwkv4_attention(
     with torch.autocast(v.device.type, enabled=False):
         s = _check.state_dtype(v)
         carried = None if state is None else tuple(_check.promoted(p, s) for p in state)
-        y, state_T = module.rwkv4_attention(*(_check.promoted(p, s) for p in (r, k, v, w, u)), state=carried, reset=reset)
+        y, state_T = module.rwkv4_attention(
+            *(_check.promoted(p, s) for p in (r, k, v, w, u)), state=carried, reset=reset
+        )
     y = y.to(v.dtype)
     return (y, state_T) if return_final_state else y
 

@@ -223,7 +223,13 @@ def _powers(a: Tensor, length: int) -> Tensor:
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, initial: Tensor | None, reset: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = Σ_j weight_j x_{t-width+1+j} + bias, then SiLU where asked."""
     width, length = weight.shape[1], x.shape[1]

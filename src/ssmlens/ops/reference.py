@@ -146,7 +146,13 @@ def zero_order_hold(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, initial: Tensor | None, reset: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = Σ_j weight_j x_{t-width+1+j} + bias over a window of the last `width` tokens, emptied by a reset."""
     window = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if initial is None else initial

@@ -175,14 +175,10 @@ def _slots(source: SFC64, rows: int, count: int, space: int, power_a: float) -> 
 # ------------------------------------------------------------------------------------------------------ mixes
 
 
-def paper_text_mix(
-    lengths: Iterable[int] = (64, 128, 256, 512, 1024), examples: int = 20_000
-) -> tuple[Segment, ...]:
+def paper_text_mix(lengths: Iterable[int] = (64, 128, 256, 512, 1024), examples: int = 20_000) -> tuple[Segment, ...]:
     """The training mix of the paper's text: pairs 12.5, 25, 50 % of half the length (length/16, /8, /4)."""
     return tuple(
-        Segment(length=length, pairs=length // share, examples=examples)
-        for length in lengths
-        for share in (16, 8, 4)
+        Segment(length=length, pairs=length // share, examples=examples) for length in lengths for share in (16, 8, 4)
     )
 
 
@@ -227,9 +223,7 @@ class MqarConfig(Config):
                 check(length, pairs, self.vocab_size)
                 if shapes.count((length, pairs)) > 1:
                     # Examples depend on the shape, not on the place in the list, so both would hold the same.
-                    raise UserError(
-                        f"{name} has two segments of length {length} and {pairs} pairs: make them one"
-                    )
+                    raise UserError(f"{name} has two segments of length {length} and {pairs} pairs: make them one")
         return self
 
 
@@ -252,8 +246,7 @@ class MqarStream:
         released = config.order == "released"
         keys = [(s.length, s.pairs if released else 0) for s in config.train]
         self._groups: list[Rows] = [
-            np.concatenate([n for n, k in zip(each, keys, strict=True) if k == key])
-            for key in dict.fromkeys(keys)
+            np.concatenate([n for n, k in zip(each, keys, strict=True) if k == key]) for key in dict.fromkeys(keys)
         ]
 
     @property

@@ -37,7 +37,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         kind, source = None, name
     else:
         known = ", ".join(packaged()) or "none"
-        raise UserError(f"no model at {name}: no such directory, no packaged checkpoint (there are: {known}), not a hub id")
+        raise UserError(
+            f"no model at {name}: no such directory, no packaged checkpoint (there are: {known}), not a hub id"
+        )
     return _checked(name, *_read(name, source, kind)).eval()
 
 
@@ -68,7 +70,9 @@ def _read(name: str, source: str, kind: str | None) -> tuple[nn.Module, dict[str
         )
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
-    except Exception as e:  # transformers, safetensors and the hub raise a dozen kinds; each means: this cannot be loaded
+    except (
+        Exception
+    ) as e:  # transformers, safetensors and the hub raise a dozen kinds; each means: this cannot be loaded
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"cannot load {name}: {reason[:300]}") from e
     finally:

@@ -1,0 +1,195 @@
+"""Sweeps: nothing that was finished is lost or done twice, and no failure goes unnoticed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import training_tiny
+from training_tiny import training_worker, worker
+
+from ssmlens.errors import UserError
+from ssmlens.training import SweepError, sweep
+from ssmlens.training.schedulers import Event, execute
+
+JOBS = [("b", {"n": 2}), ("a", {"n": 1, "fail": None})]
+HERE = {"processes": 0, "progress": False}
+
+
+def starts(out_dir, id_):
+    path = out_dir / "runs" / id_ / "starts.txt"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_results_come_in_the_order_of_the_jobs_and_stay(tmp_path):
+    results = sweep(JOBS, tmp_path, worker, **HERE)
+    assert [(id_, result["twice"]) for id_, result in results.items()] == [("b", 4), ("a", 2)]
+    record = json.loads((tmp_path / "runs" / "a" / "result.json").read_text())
+    assert record["config"] == {"n": 1, "fail": None}
+    assert record["seconds"] >= 0
+
+    more = sweep([*JOBS, ("c", {"n": 3})], tmp_path, worker, resume=True, **HERE)
+    assert [more["b"], more["a"]] == list(results.values())
+    assert [starts(tmp_path, id_) for id_ in "abc"] == [1, 1, 1]
+
+
+def test_a_failure_is_raised_at_the_end_and_only_it_runs_again(tmp_path):
+    jobs = [("u", {"n": 1, "fail": "user"}), ("x", {"n": 1, "fail": "bug"}), ("y", {"n": 5})]
+    with pytest.raises(SweepError, match="2 of 3 runs failed") as caught:
+        sweep(jobs, tmp_path, worker, **HERE)
+    error = caught.value
+    assert isinstance(error, UserError)
+    assert error.failures == {"u": "no such thing", "x": "RuntimeError: a bug of two lines"}
+    assert error.results["y"]["twice"] == 10
+    assert "\n" not in str(error)
+    text = (tmp_path / "runs" / "x" / "error.txt").read_text()
+    assert "Traceback" in text
+    assert "in worker" in text
+    with pytest.raises(SweepError, match="2 of 3"):
+        sweep(jobs, tmp_path, worker, resume=True, **HERE)
+    assert starts(tmp_path, "y") == 1
+
+
+def test_resuming_with_another_configuration_is_refused(tmp_path):
+    sweep(JOBS, tmp_path, worker, **HERE)
+    with pytest.raises(UserError, match="holds runs already"):
+        sweep(JOBS, tmp_path, worker, **HERE)
+    with pytest.raises(UserError, match="n was 2, is now 3"):
+        sweep([("b", {"n": 3})], tmp_path, worker, resume=True, **HERE)
+    path = tmp_path / "runs" / "b" / "result.json"
+    path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(UserError, match="belongs to another configuration"):
+        sweep(JOBS, tmp_path, worker, resume=True, **HERE)
+    path.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        sweep(JOBS, tmp_path, worker, resume=True, **HERE)
+
+
+@pytest.mark.parametrize("ids", [["../up"], ["a/b"], [""], [".hidden"], ["a", "a"], ["a", "A"]])
+def test_ids_must_name_directories(tmp_path, ids):
+    with pytest.raises(ValueError, match=r"directory|same id"):
+        sweep([(id_, {"n": 1}) for id_ in ids], tmp_path, worker, **HERE)
+
+
+def test_a_result_that_is_not_json_is_a_failure(tmp_path):
+    with pytest.raises(SweepError, match="TypeError"):
+        sweep(JOBS[:1], tmp_path, lambda config, directory, report: {1, 2}, **HERE)
+    assert not (tmp_path / "runs" / "b" / "result.json").exists()
+
+
+def test_another_scheduler_can_take_over_and_is_not_believed_blindly(tmp_path):
+    class Forgetful:
+        def run(self, tasks, worker):
+            for task in tasks:
+                if task.id == "b":
+                    execute(task, worker, lambda fraction: None)
+                yield Event(task.id, "ended", 1.0, None)
+
+    with pytest.raises(SweepError, match=r"1 of 2 runs failed \(a: ended without a result"):
+        sweep(JOBS, tmp_path, worker, scheduler=Forgetful(), progress=False)
+    assert (tmp_path / "runs" / "a" / "error.txt").read_text() == "ended without a result\n"
+
+
+def test_processes_have_their_threads_and_die_alone(tmp_path, capfd):
+    jobs = [
+        ("fine", {"n": 1}),
+        ("killed", {"n": 2, "fail": "killed"}),
+        ("bug", {"n": 3, "fail": "bug"}),
+    ]
+    with pytest.raises(SweepError) as caught:
+        sweep(jobs, tmp_path, worker, processes=3, threads_per_process=2, title="three")
+    assert caught.value.failures == {
+        "killed": "killed by SIGKILL (out of memory?)",
+        "bug": "RuntimeError: a bug of two lines",
+    }
+    fine = caught.value.results["fine"]
+    assert fine["threads"] == 2
+    assert fine["pid"] != os.getpid()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "killed failed: killed by SIGKILL" in err
+    assert "3/3, 2 failed" in err
+    assert "SIGKILL" in (tmp_path / "runs" / "killed" / "error.txt").read_text()
+    assert "in worker" in (tmp_path / "runs" / "bug" / "error.txt").read_text()
+
+    results = sweep(jobs[:2], tmp_path, worker, resume=True, **HERE)
+    assert results["killed"]["twice"] == 4
+    assert results["fine"] == fine
+    assert not (tmp_path / "runs" / "killed" / "error.txt").exists()
+
+
+def alive(group):
+    """Whether a process of the group is left (zombies aside: they are reaped by their parent or by init)."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if _readable(path)]
+    fields = [stat.rpartition(")")[2].split() for stat in stats]
+    return any(int(field[2]) == group and field[0] != "Z" for field in fields)
+
+
+def _readable(path):
+    try:
+        return bool(path.read_text())
+    except OSError:
+        return False
+
+
+def start_program(out_dir, which, ready):
+    """The sweep `which` of training_tiny in a session of its own, once ready() is true."""
+    command = [sys.executable, str(Path(training_tiny.__file__)), str(out_dir), which]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    end = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return process
+
+
+def all_gone(process):
+    """Its error output, once no process of its session is left."""
+    _, error = process.communicate(timeout=60)
+    end = time.monotonic() + 60
+    while alive(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return error.decode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_lets_the_workers_save_and_leaves_none_behind(tmp_path):
+    runs = tmp_path / "runs"
+    done, started = runs / "seed1" / "result.json", runs / "seed2" / "history.jsonl"
+    process = start_program(tmp_path, "sweep", lambda: done.exists() and started.exists())
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process gets it
+    error = all_gone(process)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert error.count("Traceback") == 1  # that of the program; none of the children's
+    assert "stopped after step" in (runs / "seed2" / "log.txt").read_text()
+    assert "hello from 1" in (runs / "seed1" / "log.txt").read_text()
+    assert not list(runs.glob("*/error.txt"))
+
+    before = done.read_bytes()
+    results = sweep(training_tiny.SLOW_JOBS, tmp_path, faster, resume=True, **HERE)
+    assert done.read_bytes() == before
+    assert results["seed1"]["resumed_from"] is None
+    assert results["seed2"]["resumed_from"] > 0
+
+
+def faster(config, directory, report):
+    return training_worker({**config, "delay": 0.0}, directory, report)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killing_the_sweep_takes_its_workers_with_it(tmp_path):
+    process = start_program(tmp_path, "sleep", (tmp_path / "runs" / "one" / "asleep").exists)
+    process.kill()
+    all_gone(process)
+    assert not list(tmp_path.glob("runs/*/result.json"))
