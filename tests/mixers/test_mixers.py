@@ -59,7 +59,7 @@ def test_decoding_the_recurrence_gives_the_output(name, polarization):
     mixer, x = make(name, polarization), inputs()
     c = mixer.coefficients(x)
     assert c.a.shape == c.u.shape == (c.batch, c.length, *c.state_shape)
-    close(mixer.decode(c.states(), x), mixer(x)[0], torch.float32)
+    close(mixer.decode(c.states(), x), mixer(x)[0], torch.float64)
     close(c.a_at(slice(3, 6)), c.a[:, 3:6], torch.float64)
     close(c.u_at(slice(3, 6)), c.u[:, 3:6], torch.float64)
     if c.b is not None and c.dt is not None:

@@ -24,8 +24,7 @@ def finish(record: Record, out: Path, json: bool) -> None:
     from ssmlens.report import plots, terminal
 
     record.write(out / "results.json")
-    for figure in record.figures:
-        plots.save(figure, out / f"{figure.id}.png")
+    plots.save_all(record, out)
     page = report.write([record], out / "report.html")
     if json:
         sys.stdout.write(record.to_json())

@@ -17,10 +17,17 @@ def run(
     for variant in variants or ():
         choose("variant", variant, chosen.variants)
     where = directory(out, f"{item}-{scale}")
+    if processes is None:  # a smoke run is shorter than the start of a process
+        processes = 0 if scale == "smoke" else _cores()
     record = chosen.run(
         Request(
             scale=scale, out=where, variants=tuple(variants) if variants else None, seeds=seeds, resume=resume,
-            processes=len(os.sched_getaffinity(0)) if processes is None else processes, progress=not json,
+            processes=processes, progress=not json,
         )
     )  # fmt: skip
     finish(record, where, json)
+
+
+def _cores() -> int:
+    """The cores that this process may use (not every system can tell)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

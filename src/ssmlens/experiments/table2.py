@@ -205,6 +205,10 @@ def record(scale_name: str, variants: tuple[str, ...], seeds: list[int], results
         tables.append(_table(variant, scale, cells, gains, found))
         figures.append(_figure(variant, scale, cells))
         verdict += _sentences(variant, gains)
+    if scale_name == "smoke":
+        verdict = [
+            "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
+        ]
     seconds = sum(r["seconds"] for r in results.values())
     return Record(
         kind="reproduce",

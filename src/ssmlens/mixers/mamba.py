@@ -49,6 +49,11 @@ class MambaConfig(Config):
     n_residuals: int = Field(default=1, ge=1)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """State, decay and accumulation are float32 in a half-precision model, and float64 in a float64 one."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class MambaState(NamedTuple):
     conv: Float[Tensor, "batch d_conv-1 d_inner"]
     h: Float[Tensor, "batch d_inner d_state"]
@@ -117,8 +122,8 @@ class Mamba(Mixer):
         return {"A_log", "D"}
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
-        """The continuous transition, float32, pinned columns included."""
-        A = -torch.exp(self.A_log.float())
+        """The continuous transition, float32 (float64 for a float64 model), pinned columns included."""
+        A = -torch.exp(at_least_float32(self.A_log))
         return self.polarization.join(A) if self.polarization else A
 
     def _project(self, x: Tensor, conv: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> _Projected:
@@ -142,11 +147,11 @@ class Mamba(Mixer):
     ) -> tuple[Float[Tensor, "batch length d_model"], MambaState]:
         conv, h = state if state is not None else (None, None)
         p = self._project(x, conv, mask, reset)
-        dt, dt_bias = p.dt, self.dt_proj.bias.float()
+        dt, dt_bias = p.dt, at_least_float32(self.dt_proj.bias)
         if mask is not None:  # Δ = 0 at padding: the state passes through unchanged
-            dt, dt_bias = F.softplus(dt.float() + dt_bias) * mask[..., None], None
+            dt, dt_bias = F.softplus(at_least_float32(dt) + dt_bias) * mask[..., None], None
         y, h = ops.selective_scan(
-            p.x, dt, self.A(), p.B, p.C, D=self.D.float(), z=p.z, dt_bias=dt_bias, dt_softplus=mask is None,
+            p.x, dt, self.A(), p.B, p.C, D=at_least_float32(self.D), z=p.z, dt_bias=dt_bias, dt_softplus=mask is None,
             h0=h, reset=reset, return_final_state=True,
         )  # fmt: skip
         return self.out_proj(y), MambaState(p.conv, h)
@@ -159,8 +164,8 @@ class Mamba(Mixer):
 
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
         p = self._project(x, None, None, None)
-        dt = F.softplus(p.dt.float() + self.dt_proj.bias.float())
-        A, B, inner = self.A(), p.B.float(), p.x.float()
+        dt = F.softplus(at_least_float32(p.dt) + at_least_float32(self.dt_proj.bias))
+        A, B, inner = self.A(), at_least_float32(p.B), at_least_float32(p.x)
 
         def content(t: slice) -> Tensor:
             return inner[:, t, :, None] * B[:, t, None, :]
@@ -180,5 +185,5 @@ class Mamba(Mixer):
         self, states: Float[Tensor, "batch length d_inner d_state"], x: Float[Tensor, "batch length d_model"]
     ) -> Float[Tensor, "batch length d_model"]:
         p = self._project(x, None, None, None)
-        y = (states * p.C[:, :, None].float()).sum(-1) + self.D.float() * p.x
+        y = (states * at_least_float32(p.C)[:, :, None]).sum(-1) + at_least_float32(self.D) * p.x
         return self.out_proj((y * F.silu(p.z)).to(x.dtype))

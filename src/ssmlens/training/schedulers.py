@@ -103,11 +103,21 @@ def execute(task: Task, worker: Worker, report: Report) -> str | None:
 class InThisProcess:
     """One after the other, here: no start-up time, for small runs and tests. An exception is still kept apart."""
 
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
     def run(self, tasks: Sequence[Task], worker: Worker) -> Iterator[Event]:
-        for task in tasks:
-            yield Event(task.id, "started")
-            error = execute(task, worker, lambda fraction: None)
-            yield Event(task.id, "ended", 1.0, error)
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for task in tasks:
+                yield Event(task.id, "started")
+                error = execute(task, worker, lambda fraction: None)
+                yield Event(task.id, "ended", 1.0, error)
+        finally:
+            torch.set_num_threads(before)
 
 
 class LocalProcesses:

@@ -69,7 +69,7 @@ def sweep(
         files.write_json(task.directory / "config.json", task.config)
 
     if scheduler is None:
-        scheduler = LocalProcesses(processes, threads_per_process) if processes else InThisProcess()
+        scheduler = LocalProcesses(processes, threads_per_process) if processes else InThisProcess(threads_per_process)
     failures: dict[str, str] = {}
     display = _Display(title, len(tasks), len(done), progress)
     events = scheduler.run(todo, worker)

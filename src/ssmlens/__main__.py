@@ -1,0 +1,5 @@
+"""`python -m ssmlens`: the command line."""
+
+from ssmlens.cli import main
+
+main()

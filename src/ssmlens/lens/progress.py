@@ -1,0 +1,50 @@
+"""How a measurement says how far it is. A measurement calls begin() once and step() often; what shows it is up to the caller."""
+
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+
+class Progress(Protocol):
+    def begin(self, what: str, steps: int) -> None:
+        """A measurement of `steps` equal steps starts."""
+
+    def step(self, n: int = 1) -> None:
+        """n of them are done."""
+
+
+class Silent:
+    def begin(self, what: str, steps: int) -> None:
+        pass
+
+    def step(self, n: int = 1) -> None:
+        pass
+
+
+class Bars:
+    """One bar per measurement with its time left, on stderr (stdout is the record's where --json asks for it)."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bars = RichProgress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+        )  # fmt: skip
+        self._task: Any = None
+
+    def begin(self, what: str, steps: int) -> None:
+        self._task = self._bars.add_task(what, total=steps)
+
+    def step(self, n: int = 1) -> None:
+        self._bars.advance(self._task, n)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()

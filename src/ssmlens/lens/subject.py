@@ -1,0 +1,239 @@
+"""A model under the lens: embed tokens, run embeddings to the last hidden state, look inside every block.
+
+The measurements need no more than this of a model, so that ssmlens' own models, transformers' causal language models and a hand-made
+system in a test all look the same to them. Nothing here changes a model: `still` puts back every flag that it touched.
+
+Legend: batch sequences, length tokens, d_model width of embeddings and hidden states, vocab output tokens.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ssmlens.errors import UserError
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where things are in one kind of model; every function takes the model first, so that a copy of it can be measured too.
+
+    run: embeddings → the last hidden state, after the final norm, before the head. head: that → logits.
+    blocks: the blocks in order. mixer: what mixes time in one of them, or None."""
+
+    embed: Callable[[Any, Int[Tensor, "batch length"]], Float[Tensor, "batch length d_model"]]
+    run: Callable[[Any, Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_hidden"]]
+    head: Callable[[Any, Tensor], Tensor] | None = None
+    blocks: Callable[[Any], list[nn.Module]] = lambda model: []
+    mixer: Callable[[Any], nn.Module | None] = lambda block: getattr(block, "mixer", None)
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """What went through block `index` on one forward pass: x enters the mixer (after the block's norm), y leaves it, out leaves the
+    block. x and y are None where the block has no mixer that we know."""
+
+    index: int
+    mixer: Any
+    x: Float[Tensor, "batch length d_model"] | None
+    y: Float[Tensor, "batch length d_model"] | None
+    out: Float[Tensor, "batch length d_model"]
+
+
+class Subject:
+    """`Subject(name, model)` for a ssmlens LanguageModel or a transformers causal language model; anything else needs `access`.
+
+    Raises UserError for a model that it does not know how to run."""
+
+    def __init__(self, name: str, model: nn.Module, access: Access | None = None) -> None:
+        self.name = name
+        self.model = model
+        self.access = access or _access(model)
+        self.blocks = self.access.blocks(model)
+        self.mixers = [self.access.mixer(block) for block in self.blocks]
+
+    @classmethod
+    def of(cls, model: "nn.Module | Subject", name: str = "model") -> "Subject":
+        return model if isinstance(model, Subject) else cls(name, model)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters(), torch.empty(0)).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that embeddings have."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def has_coefficients(self) -> bool:
+        """Whether every block says its own a_t, Δ_t b_t and h_t."""
+        return bool(self.mixers) and all(hasattr(mixer, "coefficients") for mixer in self.mixers)
+
+    @property
+    def has_head(self) -> bool:
+        return self.access.head is not None
+
+    def tokens(self, inputs: Any, shortest: int = 8) -> Int[Tensor, "batch length"]:
+        """Token sequences of equal length, checked against the vocabulary and put on the model's device. Raises UserError."""
+        tokens = torch.as_tensor(inputs)
+        if tokens.ndim == 1:
+            tokens = tokens[None]
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise UserError(
+                f"inputs must be token numbers of shape (sequences, length), not {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        if tokens.shape[0] < 1 or tokens.shape[1] < shortest:
+            raise UserError(
+                f"inputs hold {tokens.shape[0]} sequences of {tokens.shape[1]} tokens; at least one of {shortest} is needed"
+            )
+        vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or (vocab_size is not None and high >= vocab_size):
+            raise UserError(
+                f"inputs hold token {low if low < 0 else high}, but {self.name} knows 0..{(vocab_size or 0) - 1}"
+            )
+        return tokens.to(self.device, torch.long)
+
+    def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
+        return self.access.embed(self.model, tokens)
+
+    def run(self, embeddings: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_hidden"]:
+        return self.access.run(self.model, embeddings)
+
+    def logits(self, hidden: Float[Tensor, "... d_hidden"]) -> Float[Tensor, "... vocab"]:
+        if self.access.head is None:
+            raise UserError(f"{self.name} has no head: measure its hidden state instead of its logits")
+        return self.access.head(self.model, hidden)
+
+    def walk(self, tokens: Int[Tensor, "batch length"], visit: Callable[[BlockPass], None]) -> None:
+        """One forward pass without gradients; `visit` sees each block as it finishes, so that no more than one is held."""
+        seen: dict[str, Tensor] = {}
+        handles = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen["x"], seen["y"] = _first(args or tuple(kwargs.values())), _first(output)
+
+        def finished(index: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                visit(BlockPass(index, self.mixers[index], seen.pop("x", None), seen.pop("y", None), _first(output)))
+
+            return hook
+
+        if not self.blocks:
+            raise UserError(f"{self.name} shows no blocks to look into")
+        try:
+            for index, (block, mixer) in enumerate(zip(self.blocks, self.mixers, strict=True)):
+                if mixer is not None:
+                    handles.append(mixer.register_forward_hook(keep, with_kwargs=True))
+                handles.append(block.register_forward_hook(finished(index)))
+            with self.still(), torch.no_grad():
+                self.run(self.embed(tokens))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def in_double(self) -> "Subject":
+        """A float64 copy, to see what float32 loses."""
+        return Subject(f"{self.name} (float64)", copy.deepcopy(self.model).double(), self.access)
+
+    def at_initialisation(self, seed: int) -> "Subject":
+        """The same configuration with fresh parameters. Raises UserError where the model has no configuration to build from."""
+        config = getattr(self.model, "config", None)
+        if config is None:
+            raise UserError(f"{self.name} has no configuration, so it cannot be built again at initialisation")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh: nn.Module = type(self.model)(copy.deepcopy(config))
+        return Subject(f"{self.name} (at initialisation)", fresh.to(self.device, self.dtype), self.access)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Evaluation mode and no gradients to parameters; afterwards everything is as it was."""
+        training = [m for m in self.model.modules() if m.training]
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.eval()
+        for p in learning:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for m in training:
+                m.training = True
+            for p in learning:
+                p.requires_grad_(True)
+
+
+def _access(model: Any) -> Access:
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, nn.Module) and hasattr(backbone, "blocks") and hasattr(backbone, "embedding"):
+        return _OWN
+    base = getattr(model, "base_model", None)
+    if (
+        callable(getattr(model, "get_input_embeddings", None))
+        and isinstance(base, nn.Module)
+        and hasattr(model, "config")
+    ):
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UserError(f"{type(model).__name__} has an encoder: only causal language models can be measured")
+        return _TRANSFORMERS if model.get_output_embeddings() is not None else _TRANSFORMERS_HEADLESS
+    raise UserError(
+        f"{type(model).__name__} is neither a ssmlens model nor a transformers causal language model; "
+        "wrap it: Subject(name, model, Access(embed=..., run=...))"
+    )
+
+
+def _own_run(model: Any, embeddings: Tensor) -> Tensor:
+    hidden: Tensor = _first(model.backbone(embeddings))
+    return hidden
+
+
+def _transformers_run(model: Any, embeddings: Tensor) -> Tensor:
+    hidden: Tensor = model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _transformers_blocks(model: Any) -> list[nn.Module]:
+    """The list of blocks has a name of its own in every family, but it is always as long as the model is deep."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return list(lists[0]) if lists else []
+
+
+def _transformers_mixer(block: nn.Module) -> nn.Module | None:
+    for name in ("mixer", "self_attn", "attention", "attn"):
+        if isinstance(found := getattr(block, name, None), nn.Module):
+            return found
+    return None
+
+
+def _first(output: Any) -> Any:
+    """The hidden states of an output that may be a tensor, a tuple that begins with it, or transformers' output object."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "last_hidden_state"):
+        return output.last_hidden_state
+    return output[0]
+
+
+_OWN = Access(
+    embed=lambda model, tokens: model.backbone.embedding(tokens),
+    run=_own_run,
+    head=lambda model, hidden: model.lm_head(hidden),
+    blocks=lambda model: list(model.backbone.blocks),
+)
+_TRANSFORMERS = Access(
+    embed=lambda model, tokens: model.get_input_embeddings()(tokens),
+    run=_transformers_run,
+    head=lambda model, hidden: model.get_output_embeddings()(hidden),
+    blocks=_transformers_blocks,
+    mixer=_transformers_mixer,
+)
+_TRANSFORMERS_HEADLESS = Access(
+    embed=_TRANSFORMERS.embed, run=_transformers_run, blocks=_transformers_blocks, mixer=_transformers_mixer
+)

@@ -1,0 +1,111 @@
+import math
+
+import pytest
+import torch
+
+from ssmlens.errors import UserError
+from ssmlens.experiments import ITEMS, Request, table2
+from ssmlens.experiments.base import interval, mean
+from ssmlens.models import LanguageModel
+from ssmlens.results import Record, Value
+
+
+def test_the_eight_configurations_and_the_papers_numbers():
+    assert len(table2.CONFIGURATIONS) == 8
+    missing = [c for c in table2.CONFIGURATIONS if c.paper is None]
+    assert [(c.ones, c.zeros, c.layers) for c in missing] == [(1, 0, 4)]
+    averages = {c.id: round(sum(c.paper) / 3, 2) for c in table2.CONFIGURATIONS if c.paper}
+    assert averages == {"default-2": 72.06, "default-4": 71.61, "one-2": 83.63, "zero-2": 72.1, "zero-4": 81.38,
+                        "both-2": 83.17, "both-4": 93.43}  # fmt: skip
+
+
+def test_the_paper_scale_is_the_papers():
+    scale = table2.SCALES["paper"]
+    assert (scale.length, scale.vocab_size, scale.d_model, scale.batch_size, scale.epochs, scale.lr) == (
+        1024,
+        8192,
+        128,
+        128,
+        64,
+        1e-3,
+    )
+    assert scale.pairs == (64, 128, 256)
+    released = table2.data(scale, "released", 0)
+    assert [(s.length, s.pairs, s.examples) for s in released.train][:2] == [(64, 4, 100_000), (128, 8, 20_000)]
+    assert released.order == "released"
+    corrected = table2.data(scale, "corrected", 0)
+    assert len(corrected.train) == 15
+    assert not corrected.on_the_fly
+    training = table2.training(scale, "released", 0, 2500)
+    assert (training.steps, training.schedule, training.early_stop, training.early_stop_on) == (
+        64 * 2500,
+        "cosine_epoch",
+        0.99,
+        "released",
+    )
+
+
+@pytest.mark.parametrize("variant", table2.VARIANTS)
+def test_what_a_variant_changes(variant):
+    scale = table2.SCALES["laptop"]
+    both = next(c for c in table2.CONFIGURATIONS if c.id == "both-2")
+    torch.manual_seed(0)
+    mixer = LanguageModel(table2.model(scale, both, variant)).backbone.blocks[0].mixer
+    dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
+    assert mixer.d_state == 18
+    if variant == "released":
+        assert torch.allclose(dt, torch.full_like(dt, math.log(2)))
+        assert (mixer.A()[:, -1] == -100).all()
+    else:
+        assert torch.isneginf(mixer.A()[:, -1]).all()
+        low, high = (0.001, 0.1) if variant == "corrected" else (0.016, 0.8)
+        assert 0.9 * low < dt.min() < dt.max() < 1.1 * high
+    assert table2.training(scale, variant, 0, 10).early_stop == (0.99 if variant == "released" else None)
+
+
+def test_smoke_runs_resumes_and_repeats(tmp_path):
+    request = Request(scale="smoke", out=tmp_path / "a", seeds=1, processes=0, progress=False)
+    first = ITEMS["table2"].run(request)
+    assert isinstance(first, Record)
+    table = first.tables[0]
+    assert len(table.rows) == 8
+    names = [c.name for c in table.columns]
+    assert {"2 pairs", "4 pairs", "8 pairs", "gain over default", "paper: average"} <= set(names)
+    for row in table.rows:
+        accuracy = row[names.index("average")]
+        assert isinstance(accuracy, Value)
+        assert 0 <= accuracy.value <= 100
+    with pytest.raises(UserError, match="--resume"):
+        ITEMS["table2"].run(request)
+    again = ITEMS["table2"].run(
+        Request(scale="smoke", out=tmp_path / "a", seeds=1, processes=0, progress=False, resume=True)
+    )
+    assert again.tables[0] == table
+    fresh = ITEMS["table2"].run(Request(scale="smoke", out=tmp_path / "b", seeds=1, processes=0, progress=False))
+    assert fresh.tables[0] == table, "same seed, same result"
+
+
+def test_gains_are_paired_by_seed():
+    def run(a):
+        return {"accuracy": {"1": a, "2": a}}
+
+    gain = table2._gain([run(0.5), run(0.9)], [run(0.4), run(0.8)])
+    assert gain.value == pytest.approx(10)
+    assert gain.stderr == pytest.approx(0, abs=1e-9), "what a seed has in common cancels"
+
+
+def test_mean_and_interval():
+    v = mean([1.0, 2.0, 3.0])
+    assert (v.value, v.n) == (2.0, 3)
+    assert v.stderr == pytest.approx(1 / math.sqrt(3))
+    low, high = interval(v)
+    assert (low, high) == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4)
+    assert mean([1.0]).stderr is None
+    assert interval(mean([1.0])) is None
+
+
+def test_unknown_names_are_refused_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'laptop'"):
+        ITEMS["table2"].run(Request(scale="lapotp", out=tmp_path))
+    with pytest.raises(UserError, match="did you mean 'released'"):
+        ITEMS["table2"].run(Request(scale="smoke", out=tmp_path, variants=("release",)))

@@ -1,0 +1,201 @@
+"""The CPU operators inside PyTorch: gradcheck, opcheck, torch.compile, torch.func, checkpointing, second derivatives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssmlens.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+BATCH, LENGTH, D, N = 2, 6, 5, 3
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+RESET = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+RESET[0, 3] = True
+
+
+def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor, h0: Tensor) -> Any:
+    return cpu.selective_scan(x, dt, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=True, h0=h0, reset=RESET)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, initial: Tensor) -> Any:
+    return cpu.causal_conv1d(x, weight, bias, activation="silu", initial=initial, reset=RESET)
+
+
+def linear(a: Tensor, u: Tensor, h0: Tensor) -> Any:
+    return cpu.linear_scan(a, u, h0=h0, reset=RESET)
+
+
+def scan_arguments(fixed: bool = False) -> list[Tensor]:
+    matrix = (D, N) if fixed else (BATCH, LENGTH, N)
+    A = -normal(D, N).abs() - 0.1
+    row = (BATCH, LENGTH, D)
+    return [normal(*row), normal(*row, seed=1), A, normal(*matrix), normal(*matrix, seed=1), normal(D), normal(*row, seed=2),
+            normal(D, seed=1), normal(BATCH, D, N)]  # fmt: skip
+
+
+CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+    "scan": (scan, scan_arguments()),
+    "scan, fixed B and C": (scan, scan_arguments(fixed=True)),
+    "convolution": (convolution, [normal(BATCH, LENGTH, D), normal(D, 3), normal(D), normal(BATCH, 2, D)]),
+    "linear": (linear, [normal(BATCH, LENGTH, D).sigmoid(), normal(BATCH, LENGTH, D, seed=1), normal(BATCH, D)]),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Callable[..., Any], list[Tensor]]:
+    function, arguments = CASES[request.param]
+    return function, [a.clone().requires_grad_() for a in arguments]
+
+
+Case = tuple[Callable[..., Any], list[Tensor]]
+
+
+def test_gradcheck(case: Case) -> None:
+    function, arguments = case
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=False)
+
+
+def test_opcheck() -> None:
+    x, dt, A, B, C, skip, z, bias, h0 = scan_arguments()
+    ops = torch.ops.ssmlens
+    some = (x, dt, A, B, C, skip, z, bias, True, h0, RESET)
+    y, h, saved = ops.cpu_selective_scan(*some, True)
+    torch.library.opcheck(ops.cpu_selective_scan.default, (*some, True))
+    torch.library.opcheck(ops.cpu_selective_scan_backward.default, (y, h, saved, *some, 1))
+    least = (x, dt.abs(), A, B[0, :D], C[0, :D], None, None, None, False, None, None)
+    torch.library.opcheck(ops.cpu_selective_scan.default, (*least, True))
+    torch.library.opcheck(ops.cpu_selective_scan_backward.default, (y, None, saved, *least, 1))
+    torch.library.opcheck(ops.cpu_linear_scan.default, (x.sigmoid(), z, None, RESET))
+    torch.library.opcheck(ops.cpu_linear_scan_backward.default, (dt, x.sigmoid(), z, None, RESET))
+    conv = (x, normal(D, 3), skip, True, normal(BATCH, 2, D), RESET)
+    torch.library.opcheck(ops.cpu_causal_conv1d.default, conv)
+    torch.library.opcheck(ops.cpu_causal_conv1d_backward.default, (y, *conv, 1))
+
+
+def test_compile_without_graph_breaks(case: Case) -> None:
+    function, arguments = case
+
+    def loss(*own: Tensor) -> Tensor:
+        y, last = function(*own)
+        return (y * 2).sum() + last.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    value, expected = compiled(*arguments), loss(*arguments)
+    torch.testing.assert_close(value, expected)
+    pairs = zip(torch.autograd.grad(value, arguments), torch.autograd.grad(expected, arguments), strict=True)
+    for actual, wanted in pairs:
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_batched_probes_are_one_call(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, arguments = case
+    outputs = function(*arguments)
+    probes = [torch.stack([normal(*o.shape, seed=i) for i in range(4)]) for o in outputs]
+    kept = {"retain_graph": True}
+    expected = [torch.autograd.grad(outputs, arguments, [p[i] for p in probes], **kept) for i in range(4)]
+    calls = count_backward_calls(monkeypatch)
+    together = torch.autograd.grad(outputs, arguments, probes, is_grads_batched=True, **kept)
+    assert sum(calls.values()) == 1
+    for k, g in enumerate(together):
+        torch.testing.assert_close(g, torch.stack([e[k] for e in expected]))
+
+
+def count_backward_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    from ssmlens.ops.cpu import _autograd
+
+    class Counting:
+        def __init__(self) -> None:
+            self.calls: dict[str, int] = {}
+
+        def __getattr__(self, name: str) -> Any:
+            self.calls[name] = self.calls.get(name, 0) + name.endswith("_backward")
+            return getattr(torch.ops.ssmlens, name)
+
+    counting = Counting()
+    monkeypatch.setattr(_autograd, "ops", counting)
+    return counting.calls
+
+
+def test_vmap_over_each_argument_alone_and_over_all(case: Case) -> None:
+    """vmap of values and gradients, with one argument mapped (inputs fold into the batch, parameters are looped over)."""
+    function, arguments = case
+    arguments = [a.detach() for a in arguments]
+
+    def value_and_gradients(*own: Tensor) -> Any:
+        numbers = tuple(range(len(own)))
+        return torch.func.grad_and_value(lambda *a: function(*a)[0].square().sum() + function(*a)[1].sum(), numbers)(
+            *own
+        )
+
+    choices = [[k] for k in range(len(arguments))] + [list(range(len(arguments)))]
+    for mapped in choices:
+        stacked = [torch.stack([a, a * 0.5, a * 2]) if k in mapped else a for k, a in enumerate(arguments)]
+        dims = tuple(0 if k in mapped else None for k in range(len(arguments)))
+        gradients, values = torch.func.vmap(value_and_gradients, in_dims=dims)(*stacked)
+        for i in range(3):
+            own = [a[i] if k in mapped else a for k, a in enumerate(stacked)]
+            expected, value = value_and_gradients(*own)
+            torch.testing.assert_close(values[i], value)
+            for g, e in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(g[i], e)
+
+
+def test_nested_vmap_and_jacobian(case: Case) -> None:
+    function, arguments = case
+    rest = [a.detach() for a in arguments[1:]]
+    y, pull = torch.func.vjp(lambda x: function(x, *rest)[0], arguments[0].detach())
+    probes = normal(2, 3, *y.shape)
+    nested = torch.func.vmap(torch.func.vmap(pull))(probes)[0]
+    torch.testing.assert_close(nested[1, 2], pull(probes[1, 2])[0])
+    jacobian = torch.func.jacrev(lambda x: function(x, *rest)[0])(arguments[0].detach())
+    torch.testing.assert_close((jacobian * probes[0, 0][..., None, None, None]).sum((0, 1, 2)), pull(probes[0, 0])[0])
+    for other in torch.func.vmap(lambda x: torch.func.vmap(lambda p: torch.func.vjp(lambda x: function(x, *rest)[0], x)[1](p))(
+        probes[0]))(torch.stack([arguments[0].detach()] * 2)):  # fmt: skip
+        torch.testing.assert_close(other[0][2] if isinstance(other, tuple) else other[0, 2], pull(probes[0, 2])[0])
+
+
+def test_a_second_derivative_is_refused(case: Case) -> None:
+    function, arguments = case
+    (gradient,) = torch.autograd.grad(function(*arguments)[0].square().sum(), arguments[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), arguments[0])
+
+
+def test_backward_twice_and_by_checkpointing(case: Case) -> None:
+    function, arguments = case
+    loss = function(*arguments)[0].square().sum()
+    first = torch.autograd.grad(loss, arguments, retain_graph=True)
+    second = torch.autograd.grad(loss, arguments)
+    again = checkpoint(lambda *a: function(*a)[0].square().sum(), *arguments, use_reentrant=False)
+    third = torch.autograd.grad(again, arguments)
+    for p, q, r in zip(first, second, third, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+def test_only_some_arguments_need_gradients(case: Case) -> None:
+    function, arguments = case
+    frozen = [arguments[0], *[a.detach() for a in arguments[1:]]]
+    torch.testing.assert_close(
+        torch.autograd.grad(function(*frozen)[0].sum(), frozen[0]),
+        torch.autograd.grad(function(*arguments)[0].sum(), arguments[0]),
+    )
+    with torch.no_grad():
+        assert not function(*arguments)[0].requires_grad
+
+
+def test_the_final_state_alone_carries_gradients() -> None:
+    arguments = [a.requires_grad_() for a in scan_arguments()]
+    expected = torch.autograd.grad(scan(*arguments)[1].sum() + 0 * scan(*arguments)[0].sum(), arguments)
+    actual = torch.autograd.grad(scan(*arguments)[1].sum(), arguments, allow_unused=True, materialize_grads=True)
+    for p, q in zip(actual, expected, strict=True):
+        torch.testing.assert_close(p, q)

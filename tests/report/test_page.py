@@ -1,0 +1,175 @@
+import gzip
+import math
+import re
+from base64 import b64decode
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from ssmlens.errors import UserError
+from ssmlens.report import page, write
+from ssmlens.results import Column, Figure, Record, Series, Table, Value
+
+HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}</style><img src=x onerror=alert(2)>"
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects tags, ids and links, and checks that elements nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.ids, self.links, self.open, self.words = [], [], [], [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs[k] for k in ("href", "src", "xlink:href") if k in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_says_everything_the_record_says(record, written):
+    html = written.read_text(encoding="utf-8")
+    words = " ".join(" ".join(Page(html).words).split())
+    said = [record.title, *record.verdict, *record.notes]
+    for part in (*record.figures, *record.tables):
+        said += [part.title, part.meaning, part.method]
+    said += ["99.42 ± 0.11", "0123456789ab", "ssmlens diagnose default polarized --length 1024", "seeds", "0, 1"]
+    said += ["(2.040 ± 0.030)×10⁻⁷", "∞", "Values below 2×10⁻⁷ are floating-point noise.", "(tokens)", "n = 5"]
+    for sentence in said:
+        assert sentence in words, sentence
+    assert "Incomplete" not in words
+    assert "<script" not in html
+    assert written.stat().st_size < 1_500_000
+
+
+def test_structure_links_and_ids_hold_together(make_record):
+    figures = [f for f in make_record().figures if f.id in ("sharpness", "accuracy")]
+    html = page.html([make_record(figures=figures), make_record(figures=figures, title="Another")])
+    parsed = Page(html)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    for link in parsed.links:
+        assert link.startswith(("data:", "#")), link
+        assert not link.startswith("#") or link[1:] in parsed.ids
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(parsed.ids)
+    names = [t for t, _ in parsed.tags]
+    assert names.count("main") == names.count("h1") == 1
+    pictures = [a for t, a in parsed.tags if t == "svg"]
+    assert len(pictures) == 2 * 2 * 2
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 40 for a in pictures)
+    assert not re.findall(r"https?://(?!www\.w3\.org/)", html)
+
+
+def test_equal_records_give_equal_bytes(record, written, tmp_path):
+    again = Record.from_json(record.to_json())
+    assert write([again], tmp_path / "b").read_bytes() == written.read_bytes()
+
+
+def test_every_name_is_escaped(make_record):
+    figure = Figure(
+        id=HOSTILE, title=HOSTILE, x_label=HOSTILE, y_label=HOSTILE, meaning=HOSTILE, method=HOSTILE,
+        series=[Series(name=HOSTILE, x=[HOSTILE], y=[1.0], group=HOSTILE), Series(name=HOSTILE, x=["b"], y=[math.nan])],
+    )  # fmt: skip
+    table = Table(
+        id=HOSTILE, title=HOSTILE, meaning=HOSTILE, method=HOSTILE,
+        columns=[Column(name=HOSTILE, unit=HOSTILE, meaning=HOSTILE)],
+        rows=[[HOSTILE], [Value(value=1.0, unit=HOSTILE)]],
+    )  # fmt: skip
+    html = page.html(
+        make_record(
+            kind=HOSTILE, title=HOSTILE, verdict=[HOSTILE], notes=[HOSTILE], config={HOSTILE: HOSTILE},
+            figures=[figure], tables=[table, table],
+        )
+    )  # fmt: skip
+    parsed = Page(html)
+    tags = {t for t, _ in parsed.tags}
+    assert not tags & {"script", "img"}
+    assert not [a for _, attrs in parsed.tags for a in attrs if a.startswith("on")]
+    assert "49" not in parsed.words
+    assert sum("<script>alert(1)</script>" in w for w in parsed.words) > 10
+
+
+def test_an_interrupted_run_says_so(make_record):
+    html = page.html(make_record(complete=False, figures=[], tables=[], verdict=[]))
+    assert 'class="banner"' in html
+    assert "This run was interrupted" in html
+    assert "No verdict was recorded" in html
+
+
+def test_what_is_undefined_or_missing_has_words(make_record):
+    nothing = Figure(id="n", title="Nothing", x_label="x (s)", y_label="y (s)", series=[])
+    undefined = Figure(
+        id="u", title="Undefined", x_label="x (s)", y_label="y (s)",
+        series=[Series(name="a", x=[1.0], y=[math.nan])],
+    )  # fmt: skip
+    table = Table(
+        id="t", title="T", columns=[Column(name="a"), Column(name="b")],
+        rows=[[math.nan, None], [Value(value=math.inf, stderr=math.nan)]],
+    )  # fmt: skip
+    html = page.html(
+        make_record(figures=[nothing, undefined], tables=[table, Table(id="e", title="E", columns=[], rows=[])])
+    )
+    assert html.count("no values to draw") == 2 * 3  # wide, narrow, the SVG to download
+    assert "1 of 1 values of “a” are infinite, undefined" in html
+    assert 'aria-label="not measured"' in html
+    assert "undefined" in html
+
+
+def test_downloads_hold_what_they_promise(record, written):
+    html = written.read_text(encoding="utf-8")
+    found = {a["download"]: a["href"] for t, a in Page(html).tags if t == "a" and "download" in a}
+    assert b64decode(found["influence.png"].partition(",")[2])[:4] == b"\x89PNG"
+    svg = unquote(found["influence.svg"].partition(",")[2])
+    assert svg.startswith("<?xml")
+    assert "How much a token still moves" in svg
+    csv = unquote(found["sharpness.csv"].partition(",")[2])
+    assert csv.count("\n") == 1 + 4 * 8
+    packed = [h for n, h in found.items() if n == "influence.csv.gz"] or [found["influence.csv"]]
+    raw = packed[0].partition(",")[2]
+    full = gzip.decompress(b64decode(raw)).decode() if ";base64," in packed[0] else unquote(raw)
+    assert full.count("\n") == 1 + sum(len(s.x) for s in record.figures[0].series)
+    assert "67.2,2.13,36" in unquote(found["accuracy.csv"].partition(",")[2]) or "accuracy.csv" in found
+
+
+def test_a_place_that_cannot_be_written_is_named(make_record, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        write(make_record(figures=[]), tmp_path / "file" / "report.html")
+    with pytest.raises(ValueError, match="at least one record"):
+        page.html([])
+
+
+@pytest.mark.slow
+def test_twelve_figures_of_six_long_series_stay_under_three_megabytes(make_record):
+    rng = np.random.default_rng(0)
+    x = [float(i) for i in range(1, 8193)]
+
+    def figure(i):
+        series = []
+        for m in range(6):
+            y = np.exp(-np.asarray(x) * (m + 1) / 3000 + 0.4 * rng.standard_normal(8192))
+            series.append(
+                Series(name=f"a model of some name, {m}", x=x, y=list(y), stderr=list(0.2 * y), group=f"m{m}")
+            )
+        kinds = {"x_scale": "log" if i % 2 else "linear", "y_scale": "log"}
+        return Figure(id=f"f{i}", title="A title", x_label="distance (tokens)", y_label="influence (no unit)",
+                      series=series, meaning="word " * 60, method="word " * 60, **kinds)  # fmt: skip
+
+    html = page.html(make_record(figures=[figure(i) for i in range(12)]))
+    assert len(html.encode()) < 3_000_000
+    assert "results.json has every point" in html
