@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main(target: str) -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (whoever runs this has not installed ssmlens yet)
         sys.exit(f"ssmlens needs Python 3.11 or newer, this is {sys.version.split()[0]}; try: make PYTHON=python3.12")
     if importlib.util.find_spec("ensurepip") is None:
         get_ensurepip()

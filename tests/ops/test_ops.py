@@ -213,7 +213,7 @@ def test_rwkv4_attention():
     kw["k"][0, :4] = -torch.inf
     reset = torch.zeros(2, 30, dtype=torch.bool)
     reset[1, 11] = True
-    want, state = rwkv4_attention(**kw, reset=reset, return_final_state=True, backend="reference")
+    want, _ = rwkv4_attention(**kw, reset=reset, return_final_state=True, backend="reference")
     got, _ = rwkv4_attention(**kw, reset=reset, return_final_state=True, backend="chunked")
     close(got, want, torch.float64)
     # the explicit weighted mean, for one channel that holds everything, after the reset

@@ -101,7 +101,7 @@ def model(scale: Scale, configuration: Configuration, variant: str) -> LanguageM
         dt_min, dt_max = (dt * PAPER_LENGTH / scale.length for dt in DT_RANGE)
         dt_max = min(dt_max, 0.8)  # at 1.6 the fastest ordinary channels would begin as good as at zero
     mixer = {"dt_min": dt_min, "dt_max": dt_max, "initialization": "released" if variant == "released" else "authors"}
-    polarization = None
+    polarization: dict[str, Any] | None = None
     if configuration.ones or configuration.zeros:
         polarization = {"ones": configuration.ones, "zeros": configuration.zeros}
         if variant == "released":

@@ -149,9 +149,9 @@ class Mamba(Mixer):
         p = self._project(x, conv, mask, reset)
         dt, dt_bias = p.dt, at_least_float32(self.dt_proj.bias)
         if mask is not None:  # Δ = 0 at padding: the state passes through unchanged
-            dt, dt_bias = F.softplus(at_least_float32(dt) + dt_bias) * mask[..., None], None
+            dt = F.softplus(at_least_float32(dt) + dt_bias) * mask[..., None]
         y, h = ops.selective_scan(
-            p.x, dt, self.A(), p.B, p.C, D=at_least_float32(self.D), z=p.z, dt_bias=dt_bias, dt_softplus=mask is None,
+            p.x, dt, self.A(), p.B, p.C, D=at_least_float32(self.D), z=p.z, dt_bias=dt_bias if mask is None else None, dt_softplus=mask is None,
             h0=h, reset=reset, return_final_state=True,
         )  # fmt: skip
         return self.out_proj(y), MambaState(p.conv, h)

@@ -61,7 +61,7 @@ class Backbone(nn.Module):
     def __init__(self, vocab_size: int, mixers: list[Mixer], norm_eps: float) -> None:
         super().__init__()
         d_model = mixers[0].d_model
-        self.embedding = Embedding(vocab_size, d_model)
+        self.embedding: nn.Embedding = Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(Block(mixer, norm_eps) for mixer in mixers)
         self.norm = RMSNorm(d_model, norm_eps)
 

@@ -152,6 +152,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         return self.backbone.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.backbone.embedding = value
 
     def forward(
@@ -174,12 +175,15 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         attention_mask: 0 at left padding. reset: True at the first token of each packed sequence.
         past_key_values: what an earlier call with use_cache=True returned. logits_to_keep: only the last that many positions.
 
-        Raises ValueError for both or neither of input_ids and inputs_embeds, right padding, or token ids outside the vocabulary (CPU)."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        Raises ValueError for both or neither of input_ids and inputs_embeds, both targets and labels, or right padding."""
         if targets is not None and labels is not None:
             raise ValueError("give targets (aligned) or labels (shifted by the model), not both")
-        x = self.backbone.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and inputs_embeds is None:
+            x = self.backbone.embed(input_ids)
+        elif inputs_embeds is not None and input_ids is None:
+            x = inputs_embeds
+        else:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         mask = self._mask(attention_mask, x.shape[1])
         states = None if past_key_values is None else past_key_values.states
         hidden, states, kept = self.backbone(x, states, mask=mask, reset=reset, keep=bool(output_hidden_states))
@@ -229,7 +233,8 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             if isinstance(module, Mixer)
             for name in module.no_weight_decay()
         }
-        decay, rest = [], []
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for p in self.parameters():
             if p.requires_grad:
                 free = variant == "corrected" and (id(p) in exempt or p.dim() < 2)

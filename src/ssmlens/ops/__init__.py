@@ -9,6 +9,7 @@ accumulation are float32 (float64 for float64 input) under any autocast; y has t
 Wrong shapes, dtypes and devices raise ValueError or TypeError that name the argument; values are checked under `checks(True)`.
 """
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -43,15 +44,9 @@ def _module(op: str, backend: str, x: Tensor, A: Tensor | None = None) -> Module
 
         reason = cpu.why_unavailable() or "it does not support these arguments"
         raise ValueError(f"{op}: backend 'cpu' cannot be used here: {reason}")
-    if backend == "reference":
-        from ssmlens.ops import reference as module
-    elif backend == "chunked":
-        from ssmlens.ops import chunked as module
-    elif backend == "cpu":
-        from ssmlens.ops import cpu as module
-    else:
+    if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    return module
+    return import_module(f"ssmlens.ops.{backend}")
 
 
 def selective_scan(

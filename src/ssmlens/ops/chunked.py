@@ -61,7 +61,7 @@ class LinearScan(torch.autograd.Function):
         ctx.save_for_backward(a, h0, output)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h0, h = ctx.saved_tensors
         a = a.conj() if a.is_complex() else a
         later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1).flip(1)
