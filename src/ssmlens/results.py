@@ -223,7 +223,10 @@ def provenance(device: str = "cpu") -> Provenance:
         threads=torch.get_num_threads() if torch else None,
         versions=versions,
         commit=_commit(),
-        command=[Path(sys.argv[0]).name, *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:])],
+        command=[
+            "ssmlens" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name,
+            *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]),
+        ],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -35,6 +35,7 @@ def test_the_paper_scale_is_the_papers():
     assert released.order == "released"
     corrected = table2.data(scale, "corrected", 0)
     assert len(corrected.train) == 15
+    assert {s.length for s in corrected.train} == {64, 128, 256, 512, 1024}
     assert not corrected.on_the_fly
     training = table2.training(scale, "released", 0, 2500)
     assert (training.steps, training.schedule, training.early_stop, training.early_stop_on) == (
