@@ -35,14 +35,14 @@ def row_by_row(
     weight = np.arange(1, length // 2 - pairs + 1) ** (power_a - 1)
     weight /= weight.sum()
     tokens = np.zeros((batch, length), np.int64)
-    labels = np.full((batch, length), -100, np.int64)
+    targets = np.full((batch, length), -100, np.int64)
     for row in range(batch):
         keys = rng.choice(key_tokens, pairs, replace=False)
         values = rng.choice(value_tokens, pairs, replace=False)
         query = 2 * pairs + 2 * rng.choice(len(weight), pairs, replace=False, p=weight)
         tokens[row, 0 : 2 * pairs : 2], tokens[row, 1 : 2 * pairs : 2] = keys, values
-        tokens[row, query], labels[row, query] = keys, values
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+        tokens[row, query], targets[row, query] = keys, values
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:

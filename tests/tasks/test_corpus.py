@@ -119,12 +119,12 @@ def test_files_that_are_no_text(tmp_path: Path, content: Any, message: str) -> N
 @settings(max_examples=80, deadline=None)
 def test_windows_are_even_and_apart(length: int, more: int, count: int) -> None:
     text = counted(length + more)
-    tokens, labels, _ = windows(Corpus("t", text[:0], text), length, count)
-    assert tokens.dtype == labels.dtype == torch.int64
+    tokens, targets, _ = windows(Corpus("t", text[:0], text), length, count)
+    assert tokens.dtype == targets.dtype == torch.int64
     assert len(tokens) == min(count, len(text) // length)
     content, at = text.tolist(), 0
     starts = []
-    for row, following in zip(tokens.tolist(), labels.tolist(), strict=True):
+    for row, following in zip(tokens.tolist(), targets.tolist(), strict=True):
         starts.append(next(s for s in range(at, len(text)) if content[s : s + length] == row))
         at = starts[-1] + length  # the next window starts behind this one
         assert following[:-1] == row[1:]
@@ -138,9 +138,9 @@ def test_windows_are_even_and_apart(length: int, more: int, count: int) -> None:
 
 def test_the_shortest_windows() -> None:
     text = np.frombuffer(b"abc", dtype=np.uint8)
-    tokens, labels, _ = windows(Corpus("t", text[:0], text), 1, 10)
+    tokens, targets, _ = windows(Corpus("t", text[:0], text), 1, 10)
     assert tokens.tolist() == [[97], [98], [99]]
-    assert labels.tolist() == [[98], [99], [IGNORED]]
+    assert targets.tolist() == [[98], [99], [IGNORED]]
 
 
 def test_a_text_shorter_than_the_length() -> None:
@@ -168,10 +168,10 @@ def test_stream_batches_are_text_without_replacement(tmp_path: Path) -> None:
     for epoch in range(6):
         batches = [stream.batch(epoch * 11 + i) for i in range(11)]
         starts = []
-        for tokens, labels, _ in batches:
-            assert tokens.shape == labels.shape == (8, 50)
-            assert torch.equal(tokens[:, 1:], labels[:, :-1])
-            for row, label in zip(tokens.tolist(), labels.tolist(), strict=True):
+        for tokens, targets, _ in batches:
+            assert tokens.shape == targets.shape == (8, 50)
+            assert torch.equal(tokens[:, 1:], targets[:, :-1])
+            for row, label in zip(tokens.tolist(), targets.tolist(), strict=True):
                 starts.append(content.index(bytes(row)))
                 assert content[starts[-1] + 50] == label[-1]
         assert len(set(starts)) == 88
@@ -186,9 +186,9 @@ def test_stream_stays_inside_the_text_at_every_offset(tmp_path: Path) -> None:
     for seed in range(60):
         stream = CorpusStream(config(path, length=12, batch_size=8, seed=seed))
         assert stream.batches_per_epoch == 1
-        tokens, labels, _ = stream.batch(0)
+        tokens, targets, _ = stream.batch(0)
         assert tokens.shape == (8, 12)
-        assert (labels >= 0).all()
+        assert (targets >= 0).all()
 
 
 def test_stream_random_access(tmp_path: Path) -> None:
@@ -196,9 +196,9 @@ def test_stream_random_access(tmp_path: Path) -> None:
     sequence = [CorpusStream(config(path)).batch(step) for step in range(25)]
     stream = CorpusStream(config(path))
     for step in (24, 3, 11, 10, 0, 24):
-        tokens, labels, _ = stream.batch(step)
+        tokens, targets, _ = stream.batch(step)
         assert torch.equal(tokens, sequence[step].tokens)
-        assert torch.equal(labels, sequence[step].labels)
+        assert torch.equal(targets, sequence[step].targets)
     assert not torch.equal(CorpusStream(config(path, seed=4)).batch(0).tokens, sequence[0].tokens)
     with pytest.raises(UserError, match="count from 0"):
         stream.batch(-1)

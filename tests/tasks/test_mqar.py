@@ -31,18 +31,18 @@ from ssmlens.tasks.mqar import (
 def check_form(batch: Batch, pairs: int, vocab_size: int) -> None:
     """Asserts everything that SPEC.md §5 says about every single sequence."""
     lower = vocab_size // 2
-    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
-    assert batch.tokens.shape == batch.labels.shape
-    for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.tokens.shape == batch.targets.shape
+    for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
         keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
         assert len(set(keys)) == len(set(values)) == pairs
         assert all(1 <= key < lower for key in keys)
         assert all(lower <= value < vocab_size for value in values)
         value_of = dict(zip(keys, values, strict=True))
-        assert all(label == IGNORED for label in labels[: 2 * pairs])
+        assert all(label == IGNORED for label in targets[: 2 * pairs])
         asked = []
         for position in range(2 * pairs, len(tokens)):
-            token, label = tokens[position], labels[position]
+            token, label = tokens[position], targets[position]
             if token == 0:
                 assert label == IGNORED
             else:
@@ -191,7 +191,7 @@ def rows_of(batches: list[Batch]) -> list[tuple[int, ...]]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels) and a.group == b.group
+    return torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and a.group == b.group
 
 
 @pytest.mark.parametrize("order", ["shuffled", "released"])
@@ -223,7 +223,7 @@ def test_shuffled_epochs_show_every_example_once() -> None:
     lengths = [batch.tokens.shape[1] for batch in epochs[0]]
     assert lengths != sorted(lengths)
     assert lengths != sorted(lengths, reverse=True)
-    targets = [(batch.labels != IGNORED).sum(1) for batch in epochs[0] if batch.tokens.shape[1] == 32]
+    targets = [(batch.targets != IGNORED).sum(1) for batch in epochs[0] if batch.tokens.shape[1] == 32]
     assert sum(len(set(t.tolist())) == 2 for t in targets) > len(targets) / 2  # both numbers of pairs in a batch
 
 
@@ -231,9 +231,9 @@ def test_mixed_rows_are_well_formed() -> None:
     stream = MqarStream(config(on_the_fly=True))
     for step in range(stream.batches_per_epoch):
         batch = stream.batch(step)
-        for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
-            row = Batch(tokens[None], labels[None])
-            check_form(row, int((labels != IGNORED).sum()), 64)
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+            row = Batch(tokens[None], targets[None])
+            check_form(row, int((targets != IGNORED).sum()), 64)
 
 
 def test_on_the_fly_is_fresh_with_the_same_mix() -> None:
@@ -244,7 +244,7 @@ def test_on_the_fly_is_fresh_with_the_same_mix() -> None:
     assert len(set(rows)) == len(rows)
     for step in range(n):
         a, b = fixed.batch(step), fresh.batch(step)
-        assert torch.equal((a.labels != IGNORED).sum(1), (b.labels != IGNORED).sum(1))
+        assert torch.equal((a.targets != IGNORED).sum(1), (b.targets != IGNORED).sum(1))
 
 
 def test_released_order_is_one_segment_after_the_other() -> None:
@@ -300,7 +300,7 @@ def test_paper_scale_is_small_and_at_once() -> None:
     stream = MqarStream(MqarConfig(train=paper_text_mix(), test=paper_test_segments(), batch_size=128))
     assert stream.batches_per_epoch == 5 * 469
     batch = stream.batch(64 * stream.batches_per_epoch - 1)
-    assert 4 * int((batch.labels != IGNORED).sum(1).max()) == batch.tokens.shape[1]
+    assert 4 * int((batch.targets != IGNORED).sum(1).max()) == batch.tokens.shape[1]
     assert (
         sum(part.nbytes for s in paper_text_mix() for part in draw(1, s.length, s.pairs, 8192, 0.01, (0,))) * (20_000)
         < 110e6

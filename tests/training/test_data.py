@@ -17,29 +17,29 @@ CPU = torch.device("cpu")
 def test_the_pieces_of_all_processes_are_the_batch(rows, world, pieces, seed):
     rng = np.random.default_rng(seed)
     tokens = np.arange(rows * 5).reshape(rows, 5)
-    labels = np.where(rng.random((rows, 5)) < 0.5, tokens, -100)
+    targets = np.where(rng.random((rows, 5)) < 0.5, tokens, -100)
     cut = {"pieces": pieces, "world": world, "device": CPU}
     if rows < world * pieces:
         with pytest.raises(UserError, match=f"a batch of {rows} cannot be cut into {world * pieces}"):
-            share(Batch(tokens, labels), rank=0, **cut)
+            share(Batch(tokens, targets), rank=0, **cut)
         return
-    parts = [share(Batch(tokens, labels), rank=rank, **cut) for rank in range(world)]
+    parts = [share(Batch(tokens, targets), rank=rank, **cut) for rank in range(world)]
     each = [piece for part in parts for piece in part.pieces]
     assert torch.cat([piece.tokens for piece in each]).tolist() == tokens.tolist()
-    assert torch.cat([piece.labels for piece in each]).tolist() == labels.tolist()
-    assert [piece.n_targets for piece in each] == [int((piece.labels != -100).sum()) for piece in each]
+    assert torch.cat([piece.targets for piece in each]).tolist() == targets.tolist()
+    assert [piece.n_targets for piece in each] == [int((piece.targets != -100).sum()) for piece in each]
     assert all(part.n_tokens == tokens.size for part in parts)
     # the loss of a token is itself: the mean of the processes' sums of weighted means is the mean over all targets
     total = sum(
-        piece.weight * float(piece.labels[piece.labels != -100].double().sum()) / max(1, piece.n_targets)
+        piece.weight * float(piece.targets[piece.targets != -100].double().sum()) / max(1, piece.n_targets)
         for piece in each
     )
-    wanted = labels[labels != -100]
+    wanted = targets[targets != -100]
     assert total / world == pytest.approx(wanted.mean() if len(wanted) else 0.0)
 
 
 def test_rows_must_agree():
-    with pytest.raises(ValueError, match="2 rows of tokens and 3 of labels"):
+    with pytest.raises(ValueError, match="2 rows of tokens and 3 of targets"):
         share(Batch(np.zeros((2, 4)), np.zeros((3, 4))), pieces=1, rank=0, world=1, device=CPU)
 
 

@@ -51,7 +51,7 @@ class Tiny(nn.Module):
 @dataclass
 class Batch:
     tokens: np.ndarray
-    labels: np.ndarray
+    targets: np.ndarray
 
 
 class Stream:
@@ -69,13 +69,13 @@ class Stream:
         self.at.get(step, lambda: None)()
         rng = np.random.default_rng(step)
         tokens = rng.integers(0, VOCABULARY, (self.rows, 12))
-        labels = np.where(rng.random(tokens.shape) < 0.4, np.roll(tokens, 1, 1), -100)
-        labels[:, 5] = tokens[:, 4]
-        return Batch(tokens, labels)
+        targets = np.where(rng.random(tokens.shape) < 0.4, np.roll(tokens, 1, 1), -100)
+        targets[:, 5] = tokens[:, 4]
+        return Batch(tokens, targets)
 
 
 def call(model, batch):
-    return model(input_ids=torch.as_tensor(batch.tokens), targets=torch.as_tensor(batch.labels))
+    return model(input_ids=torch.as_tensor(batch.tokens), targets=torch.as_tensor(batch.targets))
 
 
 def evaluate(model):

@@ -72,7 +72,7 @@ def evaluate(model: Any, stream: Any) -> dict[str, float]:
     loss = correct = count = 0.0
     device = next(model.parameters()).device
     for batch in stream.validation():
-        out = model(torch.as_tensor(batch.tokens).to(device), targets=torch.as_tensor(batch.labels).to(device))
+        out = model(torch.as_tensor(batch.tokens).to(device), targets=torch.as_tensor(batch.targets).to(device))
         n = float(out.n_targets)
         loss, correct, count = loss + float(out.loss) * n, correct + float(out.n_correct), count + n
     return {"loss": loss / count, "bits": loss / count / math.log(2), "accuracy": correct / count}

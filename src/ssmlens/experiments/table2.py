@@ -153,7 +153,7 @@ def accuracy(lm: torch.nn.Module, batches: Any) -> dict[int, float]:
     asked: dict[int, int] = {}
     device = next(lm.parameters()).device
     for batch in batches:
-        out = lm(torch.as_tensor(batch.tokens).to(device), targets=torch.as_tensor(batch.labels).to(device))
+        out = lm(torch.as_tensor(batch.tokens).to(device), targets=torch.as_tensor(batch.targets).to(device))
         k = batch.group.pairs
         correct[k] = correct.get(k, 0) + int(out.n_correct)
         asked[k] = asked.get(k, 0) + int(out.n_targets)

@@ -22,8 +22,7 @@ from ssmlens.configuration import Config
 from ssmlens.mixers import Mixer
 from ssmlens.models.backbone import Backbone, Embedding, RMSNorm
 from ssmlens.polarization import Polarization
-
-IGNORED = -100  # a target that neither loss nor accuracy looks at
+from ssmlens.targets import IGNORED
 
 
 class Architecture(Config):

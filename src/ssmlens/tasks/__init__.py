@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssmlens.errors import UserError, nearest
-from ssmlens.tasks.base import IGNORED, Batch
+from ssmlens.targets import IGNORED
+from ssmlens.tasks.base import Batch
 from ssmlens.tasks.corpus import CorpusConfig, CorpusStream
 from ssmlens.tasks.mqar import MqarConfig, MqarStream
 

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from ssmlens.errors import UserError
 
-IGNORED = -100  # the label of a position that neither loss nor accuracy looks at; PyTorch's own default
 Seed = tuple[int, ...]
 
 
 class Batch(NamedTuple):
-    """Token sequences of one length. labels[i, t] is what to predict at position t: nothing is shifted."""
+    """Token sequences of one length. targets[i, t] is what to predict at position t: nothing is shifted."""
 
     tokens: Int[Tensor, "batch length"]
-    labels: Int[Tensor, "batch length"]
+    targets: Int[Tensor, "batch length"]
     group: Any = None  # what the rows have in common, so as to report it apart: in MQAR their Segment
 
 

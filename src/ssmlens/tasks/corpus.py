@@ -1,7 +1,7 @@
 """Text as bytes: a corpus that every machine has, or the user's own file.
 
     tokens  T h e _ a s s e       the bytes, 0..255      (batch, length)
-    labels  h e _ a s s e r       each one's successor   (batch, length)
+    targets  h e _ a s s e r       each one's successor   (batch, length)
 
 `python_reference` is the language reference inside Python's standard library, about 0.45 MB of English.
 `CorpusStream` cuts training windows, `windows` spreads held-out ones evenly for a diagnosis.
@@ -21,7 +21,8 @@ from pydantic import Field
 
 from ssmlens.configuration import Config
 from ssmlens.errors import UserError
-from ssmlens.tasks.base import IGNORED, Batch, bits, check_step, permutation, words
+from ssmlens.targets import IGNORED
+from ssmlens.tasks.base import Batch, bits, check_step, permutation, words
 
 PYTHON_REFERENCE = "python-reference"
 VOCAB_SIZE = 256
@@ -127,7 +128,7 @@ def _as_bytes(texts: Iterator[str] | list[str]) -> UInt8[np.ndarray, " size"]:
 def windows(corpus: Corpus, length: int, count: int) -> Batch:
     """Evenly spaced held-out windows that don't overlap: `count`, or as many as the text has room for.
 
-    Returns tokens, labels (windows, length) int64; the last byte of the text has no successor and label -100.
+    Returns tokens, targets (windows, length) int64; the last byte of the text has no successor and label -100.
     Raises: UserError when not even one window fits.
     """
     if length < 1 or count < 1:
@@ -146,9 +147,9 @@ def windows(corpus: Corpus, length: int, count: int) -> Batch:
 def _cut(text: UInt8[np.ndarray, " size"], starts: Int64[np.ndarray, " batch"], length: int) -> Batch:
     at = starts[:, None] + np.arange(length)
     tokens = text[at].astype(np.int64)
-    labels = text[np.minimum(at + 1, len(text) - 1)].astype(np.int64)
-    labels[at == len(text) - 1] = IGNORED
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
+    targets = text[np.minimum(at + 1, len(text) - 1)].astype(np.int64)
+    targets[at == len(text) - 1] = IGNORED
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
 class CorpusConfig(Config):
@@ -193,7 +194,7 @@ class CorpusStream:
         return self._windows // self.config.batch_size
 
     def batch(self, step: int) -> Batch:
-        """The training batch of global step 0, 1, ...: tokens, labels (batch_size, length) int64."""
+        """The training batch of global step 0, 1, ...: tokens, targets (batch_size, length) int64."""
         check_step(step)
         epoch, index = divmod(step, self.batches_per_epoch)
         starts = self._starts(epoch)[index * self.config.batch_size : (index + 1) * self.config.batch_size]
@@ -202,8 +203,8 @@ class CorpusStream:
     def validation(self) -> Iterator[Batch]:
         """The same held-out windows at every call, in batches."""
         config = self.config
-        tokens, labels, _ = windows(self.corpus, config.length, config.validation_windows)
-        for part in zip(tokens.split(config.batch_size), labels.split(config.batch_size), strict=True):
+        tokens, targets, _ = windows(self.corpus, config.length, config.validation_windows)
+        for part in zip(tokens.split(config.batch_size), targets.split(config.batch_size), strict=True):
             yield Batch(*part)
 
     def _starts(self, epoch: int) -> Int64[np.ndarray, " windows"]:

@@ -6,7 +6,7 @@
 
 Keys are distinct tokens of 1 .. V/2-1, values distinct tokens of V/2 .. V-1. Behind the pairs lie (length -
 2K)/2 slots of two positions; slot g = 1, 2, ... has weight g^(power_a - 1). The i-th pair is asked at the
-start of the i-th slot drawn without replacement. (The released code aligns labels in the same way: built one
+start of the i-th slot drawn without replacement. (The released code aligns targets in the same way: built one
 position longer, then cut by the first column.)
 
 Everything is drawn for many rows at once and kept as (keys, values, slots) in 16 bits: the whole training mix
@@ -25,7 +25,8 @@ from pydantic import Field, model_validator
 
 from ssmlens.configuration import Config
 from ssmlens.errors import UserError
-from ssmlens.tasks.base import IGNORED, Batch, Seed, bits, check_step, permutation, words
+from ssmlens.targets import IGNORED
+from ssmlens.tasks.base import Batch, Seed, bits, check_step, permutation, words
 
 POWER_A = 0.01
 VOCAB_SIZE = 8192
@@ -87,14 +88,14 @@ def sample(
     power_a: float = POWER_A,
     seed: Seed = (0,),
 ) -> Batch:
-    """`batch` sequences, a function of the arguments alone: tokens, labels (batch, length) int64.
+    """`batch` sequences, a function of the arguments alone: tokens, targets (batch, length) int64.
 
     seed: non-negative integers; any two tuples give independent batches.
     Raises: UserError for impossible sizes.
     """
-    tokens, labels = _blank(batch, length)
-    write(draw(batch, length, pairs, vocab_size, power_a, seed), np.arange(batch), tokens, labels)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
+    tokens, targets = _blank(batch, length)
+    write(draw(batch, length, pairs, vocab_size, power_a, seed), np.arange(batch), tokens, targets)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
 
 def draw(rows: int, length: int, pairs: int, vocab_size: int, power_a: float, seed: Seed) -> Draws:
@@ -108,7 +109,7 @@ def draw(rows: int, length: int, pairs: int, vocab_size: int, power_a: float, se
     return Draws(keys, values, slots)
 
 
-def write(draws: Draws, rows: Rows, tokens: Table, labels: Table) -> None:
+def write(draws: Draws, rows: Rows, tokens: Table, targets: Table) -> None:
     """Writes sequences into the given rows of blank tables, in place."""
     pairs, length = draws.keys.shape[1], tokens.shape[1]
     begin = rows[:, None] * length
@@ -116,7 +117,7 @@ def write(draws: Draws, rows: Rows, tokens: Table, labels: Table) -> None:
     query = begin + 2 * pairs + 2 * draws.slots.astype(np.int64)
     flat = tokens.reshape(-1)
     flat[key], flat[key + 1], flat[query] = draws.keys, draws.values, draws.keys
-    labels.reshape(-1)[query] = draws.values
+    targets.reshape(-1)[query] = draws.values
 
 
 def _blank(rows: int, length: int) -> tuple[Table, Table]:
@@ -261,7 +262,7 @@ class MqarStream:
         epoch, index = divmod(step, self.batches_per_epoch)
         numbers = self._planned(epoch)[index]
         home = np.searchsorted(self._first, numbers, side="right") - 1
-        tokens, labels = _blank(len(numbers), config.train[home[0]].length)
+        tokens, targets = _blank(len(numbers), config.train[home[0]].length)
         homes = np.unique(home)
         for i in homes:
             segment, rows = config.train[i], np.nonzero(home == i)[0]
@@ -269,9 +270,9 @@ class MqarStream:
                 draws = _draw(config, segment, len(rows), _TRAIN, epoch, index)
             else:
                 draws = self._store(_TRAIN, segment).rows(numbers[rows] - self._first[i])
-            write(draws, rows, tokens, labels)
+            write(draws, rows, tokens, targets)
         group = config.train[homes[0]] if len(homes) == 1 else None
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), group)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), group)
 
     def validation(self) -> Iterator[Batch]:
         """Batches to choose by, one segment of `config.test` after the other; `group` is the Segment."""
@@ -285,9 +286,9 @@ class MqarStream:
         for segment in self.config.test:
             for start in range(0, segment.examples, self.config.batch_size):
                 index = np.arange(start, min(start + self.config.batch_size, segment.examples))
-                tokens, labels = _blank(len(index), segment.length)
-                write(self._store(split, segment).rows(index), np.arange(len(index)), tokens, labels)
-                yield Batch(torch.from_numpy(tokens), torch.from_numpy(labels), segment)
+                tokens, targets = _blank(len(index), segment.length)
+                write(self._store(split, segment).rows(index), np.arange(len(index)), tokens, targets)
+                yield Batch(torch.from_numpy(tokens), torch.from_numpy(targets), segment)
 
     def _store(self, split: int, segment: Segment) -> "_Fixed":
         key = (split, segment)

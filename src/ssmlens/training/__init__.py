@@ -1,13 +1,14 @@
 """Training: one run (`train`), many runs (`sweep`), and what makes both survive a kill."""
 
+from ssmlens.targets import IGNORED
 from ssmlens.training.config import TrainConfig
-from ssmlens.training.data import IGNORE, Batch, Stream
+from ssmlens.training.data import Batch, Stream
 from ssmlens.training.loop import TrainResult, train
 from ssmlens.training.optimizer import default_groups, learning_rate
 from ssmlens.training.sweep import Job, SweepError, sweep
 
 __all__ = [
-    "IGNORE",
+    "IGNORED",
     "Batch",
     "Job",
     "Stream",

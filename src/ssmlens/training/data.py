@@ -1,6 +1,6 @@
 """What the loop needs of its data: batches by number, cut into the pieces that one process works on.
 
-tokens: (batch, length) int64     labels: (batch, length) int64, IGNORE where there is no target
+tokens: (batch, length) int64     targets: (batch, length) int64, IGNORED where there is no target
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from ssmlens.errors import UserError
-
-IGNORE = -100  # a label where there is no target
+from ssmlens.targets import IGNORED
 
 
 class Batch(Protocol):
-    """tokens and labels: int64 torch tensors or numpy arrays, the same length in the first dimension."""
+    """tokens and targets: int64 torch tensors or numpy arrays, the same length in the first dimension."""
 
     @property
     def tokens(self) -> Any: ...
     @property
-    def labels(self) -> Any: ...
+    def targets(self) -> Any: ...
 
 
 class Stream(Protocol):
@@ -38,7 +37,7 @@ class Piece:
     """The part of a batch that one forward pass sees, on the device."""
 
     tokens: Tensor
-    labels: Tensor
+    targets: Tensor
     n_targets: int
     weight: float  # its share in the mean over the whole batch's targets, times the number of processes
 
@@ -57,26 +56,26 @@ def share(batch: Batch, *, pieces: int, rank: int, world: int, device: torch.dev
     The weights make the sum of the pieces' mean losses, averaged over processes, the mean over all targets of
     the batch. Raises UserError: when a piece would be empty.
     """
-    tokens, labels = torch.as_tensor(batch.tokens), torch.as_tensor(batch.labels)
+    tokens, targets = torch.as_tensor(batch.tokens), torch.as_tensor(batch.targets)
     parts = world * pieces
-    if tokens.shape[0] != labels.shape[0]:
-        raise ValueError(f"a batch has {tokens.shape[0]} rows of tokens and {labels.shape[0]} of labels")
+    if tokens.shape[0] != targets.shape[0]:
+        raise ValueError(f"a batch has {tokens.shape[0]} rows of tokens and {targets.shape[0]} of targets")
     if tokens.shape[0] < parts:
         raise UserError(
             f"a batch of {tokens.shape[0]} cannot be cut into {parts} pieces "
             f"({world} processes × grad_accumulation {pieces})"
         )
-    targets = labels != IGNORE
-    total = int(targets.sum())
+    wanted = targets != IGNORED
+    total = int(wanted.sum())
     if parts == 1:
-        return Share([Piece(_move(tokens, device), _move(labels, device), total, 1.0)], tokens.numel())
+        return Share([Piece(_move(tokens, device), _move(targets, device), total, 1.0)], tokens.numel())
     mine = slice(rank * pieces, (rank + 1) * pieces)
-    cut = zip(*(torch.tensor_split(part, parts)[mine] for part in (tokens, labels, targets)), strict=True)
+    cut = zip(*(torch.tensor_split(part, parts)[mine] for part in (tokens, targets, wanted)), strict=True)
     done = []
-    for piece_tokens, piece_labels, piece_targets in cut:
-        n_targets = int(piece_targets.sum())
+    for piece_tokens, piece_targets, piece_wanted in cut:
+        n_targets = int(piece_wanted.sum())
         weight = n_targets * world / max(1, total)
-        done.append(Piece(_move(piece_tokens, device), _move(piece_labels, device), n_targets, weight))
+        done.append(Piece(_move(piece_tokens, device), _move(piece_targets, device), n_targets, weight))
     return Share(done, tokens.numel())
 
 

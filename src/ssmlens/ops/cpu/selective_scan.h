@@ -14,6 +14,8 @@
 namespace ssmlens {
 
 constexpr int tile = 32;
+// Blocks that go through time side by side: their rows are neighbours in memory, a single one would touch a page per row.
+constexpr int64_t together = 8;
 
 template <class T> struct SelectiveScan {
   static constexpr int width = Simd<T>::width;
@@ -77,16 +79,16 @@ template <class T> struct SelectiveScan {
 
   // One chunk of the element-wise inputs of one block.
   struct Inputs {
-    Scratch<T> raw, dt, x, u;  // raw: dt before softplus
-    explicit Inputs(int64_t chunk) : raw(chunk), dt(chunk), x(chunk), u(chunk) {}
+    Scratch<T> dt, dt_slope, x, u;  // dt_slope: the derivative of dt by what it was before softplus
+    explicit Inputs(int64_t chunk) : dt(chunk), dt_slope(chunk), x(chunk), u(chunk) {}
   };
   NOINLINE void read(int64_t b, int64_t block, int64_t start, int64_t steps, Inputs& in) const {
     const int m = lanes(block);
     const int64_t d = block * width;
     const V bias = dt_bias ? load<T>(dt_bias + d, m) : V{};
     for (int64_t i = 0; i < steps; ++i) {
-      in.raw[i] = load<T>(dt.at(b, start + i) + d, m) + bias;
-      in.dt[i] = dt_softplus ? softplus<T>(in.raw[i]) : in.raw[i];
+      const V raw = load<T>(dt.at(b, start + i) + d, m) + bias;
+      in.dt[i] = dt_softplus ? softplus<T>(raw, in.dt_slope[i]) : raw;
       in.x[i] = load<T>(x.at(b, start + i) + d, m);
       in.u[i] = in.dt[i] * in.x[i];
     }
@@ -118,13 +120,15 @@ template <class T> struct SelectiveScan {
     }
   }
 
-  // Rows are far apart in memory, which the hardware does not foresee; t may lie outside the sequence.
-  void prefetch(int64_t b, int64_t t, int64_t block) const {
-    if (t < 0 || t >= length) return;
-    const int64_t d = block * width;
-    __builtin_prefetch(x.at(b, t) + d);
-    __builtin_prefetch(dt.at(b, t) + d);
-    if (z) __builtin_prefetch(z.at(b, t) + d);
+  // Where the next chunk of work lies: rows are far apart in memory, which the hardware does not foresee.
+  struct Next {
+    int64_t b, block, start;
+  };
+  void prefetch(const Next& next, int64_t i) const {
+    const int64_t t = std::min(next.start + i, length - 1), d = next.block * width;
+    __builtin_prefetch(x.at(next.b, t) + d);
+    __builtin_prefetch(dt.at(next.b, t) + d);
+    if (z) __builtin_prefetch(z.at(next.b, t) + d);
   }
 
   bool is_reset(int64_t b, int64_t t) const { return reset && *reset.at(b, t); }
@@ -152,48 +156,54 @@ template <class T> struct SelectiveScan {
     forward_with<false, false>(out, parallel);
   }
   template <bool Bv, bool Cv, class Parallel> void forward_with(const Output& out, const Parallel& parallel) const {
-    parallel(batch * blocks, [&](int64_t begin, int64_t end) {
+    const int64_t groups = std::max((blocks + together - 1) / together, std::min(blocks, 16 / batch));
+    parallel(batch * groups, [&](int64_t begin, int64_t end) {
       Inputs in(chunk);
-      Scratch<T> a(chunk * tile), y(chunk), h(d_state);
-      for (int64_t unit = begin; unit < end; ++unit)
-        forward_block<Bv, Cv>(unit / blocks, unit % blocks, out, in, a.data(), y.data(), h.data());
+      Scratch<T> a(chunk * tile), y(chunk), h(together * d_state);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t b = unit / groups, group = unit % groups;
+        const int64_t first = group * blocks / groups, last = (group + 1) * blocks / groups - 1, matrix = b * d_inner * d_state;
+        std::fill(h.begin(), h.end(), V{});
+        if (h0)
+          for (int64_t block = first; block <= last; ++block) gather(h0 + matrix, block, &h[(block - first) * d_state]);
+        for (int64_t c = 0; c < chunks; ++c)
+          for (int64_t block = first; block <= last; ++block) {
+            const Next next = block < last ? Next{b, block + 1, c * chunk} : Next{b, first, (c + 1) * chunk};
+            forward_chunk<Bv, Cv>(b, block, c, next, out, in, a.data(), y.data(), &h[(block - first) * d_state]);
+          }
+        for (int64_t block = first; block <= last; ++block)
+          scatter(&h[(block - first) * d_state], block, out.final_state + matrix);
+      }
     });
   }
   template <bool Bv, bool Cv>
-  void forward_block(int64_t b, int64_t block, const Output& out, Inputs& in, V* a, V* y, V* h) const {
+  void forward_chunk(int64_t b, int64_t block, int64_t c, const Next& next, const Output& out, Inputs& in, V* a, V* y,
+                     V* h) const {
     const V skip = D ? load<T>(D + block * width, lanes(block)) : V{};
-    if (h0) {
-      gather(h0 + b * d_inner * d_state, block, h);
-    } else {
-      std::fill(h, h + d_state, V{});
-    }
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t start = c * chunk, steps = std::min(chunk, length - start);
-      read(b, block, start, steps, in);
-      for (int64_t i = 0; i < steps; ++i) y[i] = skip * in.x[i];
-      if (out.saved) std::copy(h, h + d_state, out.saved + ((b * blocks + block) * chunks + c) * d_state);
-      for (int64_t first = 0; first < d_state; first += tile) {
-        const int64_t count = std::min<int64_t>(tile, d_state - first);
-        transitions(in.dt.data(), steps, block, first, count, a);
-        V* ht = h + first;
-        for (int64_t i = 0; i < steps; ++i) {
-          const auto Bt = coefficients<Bv>(B, B_block, b, start + i, block * d_state) + first;
-          const auto Ct = coefficients<Cv>(C, C_block, b, start + i, block * d_state) + first;
-          if (is_reset(b, start + i)) std::fill(ht, ht + count, V{});
-          if (first == 0) prefetch(b, start + i + chunk, block);
-          const V u = in.u[i], *at = a + i * count;
-          V sum = y[i];
-          for (int64_t n = 0; n < count; ++n) {
-            const V state = at[n] * ht[n] + u * Bt[n];
-            ht[n] = state;
-            sum += state * Ct[n];
-          }
-          y[i] = sum;
+    const int64_t start = c * chunk, steps = std::min(chunk, length - start);
+    read(b, block, start, steps, in);
+    for (int64_t i = 0; i < steps; ++i) y[i] = skip * in.x[i];
+    if (out.saved) std::copy(h, h + d_state, out.saved + ((b * blocks + block) * chunks + c) * d_state);
+    for (int64_t first = 0; first < d_state; first += tile) {
+      const int64_t count = std::min<int64_t>(tile, d_state - first);
+      transitions(in.dt.data(), steps, block, first, count, a);
+      V* ht = h + first;
+      for (int64_t i = 0; i < steps; ++i) {
+        const auto Bt = coefficients<Bv>(B, B_block, b, start + i, block * d_state) + first;
+        const auto Ct = coefficients<Cv>(C, C_block, b, start + i, block * d_state) + first;
+        if (is_reset(b, start + i)) std::fill(ht, ht + count, V{});
+        if (first == 0) prefetch(next, i);
+        const V u = in.u[i], *at = a + i * count;
+        V sum = y[i];
+        for (int64_t n = 0; n < count; ++n) {
+          const V state = at[n] * ht[n] + u * Bt[n];
+          ht[n] = state;
+          sum += state * Ct[n];
         }
+        y[i] = sum;
       }
-      write_y(b, block, start, steps, y, out.y);
     }
-    scatter(h, block, out.final_state + b * d_inner * d_state);
+    write_y(b, block, start, steps, y, out.y);
   }
 
   NOINLINE void write_y(int64_t b, int64_t block, int64_t start, int64_t steps, V* y, T* out) const {
@@ -254,11 +264,11 @@ template <class T> struct SelectiveScan {
           mine.dB = dB_copies.data() + (group - 1) * rows;
           mine.dC = dC_copies.data() + (group - 1) * rows;
         }
-        for (int64_t block = group * blocks / groups; block < (group + 1) * blocks / groups; ++block) {
-          const Sums into(&sums[((sample * slabs + slab) * blocks + block) * sums_size()], d_state);
-          for (int64_t i = slab * per_sample / slabs; i < (slab + 1) * per_sample / slabs; ++i)
-            backward_block<Bv, Cv>(sample * per_sample + i, block, mine, into, work);
-        }
+        const int64_t first = group * blocks / groups, last = (group + 1) * blocks / groups;
+        V* sums_of_unit = &sums[(sample * slabs + slab) * blocks * sums_size()];
+        for (int64_t i = slab * per_sample / slabs; i < (slab + 1) * per_sample / slabs; ++i)
+          for (int64_t block = first; block < last; block += together)
+            backward_blocks<Bv, Cv>(sample * per_sample + i, block, std::min(block + together, last), mine, sums_of_unit, work);
       }
     });
 
@@ -290,42 +300,50 @@ template <class T> struct SelectiveScan {
 
   struct Work {
     Inputs in;
-    Scratch<T> a, h, products, y, dy, du, ddt, dh, sums;
+    Scratch<T> a, h, products, y, dy, gate_slope, du, ddt, dh, sums;  // gate_slope: the gradient to z, but for y
     explicit Work(const SelectiveScan& s)
         : in(s.chunk), a(s.chunk * tile), h((s.chunk + 1) * tile), products(tile + width), y(s.chunk), dy(s.chunk),
-          du(s.chunk), ddt(s.chunk), dh(s.d_state), sums(s.sums_size()) {}
+          gate_slope(s.chunk), du(s.chunk), ddt(s.chunk), dh(together * s.d_state), sums(s.sums_size()) {}
   };
   // One chunk of one block: of sequence b among the gradients, which is sequence `source` among the inputs.
   struct Place {
     int64_t b, source, block, start, steps;
+    Next next;  // its b counts gradients
   };
 
   template <bool Bv, bool Cv>
-  void backward_block(int64_t b, int64_t block, const Gradients& g, const Sums& total, Work& w) const {
+  void backward_blocks(int64_t b, int64_t first, int64_t last, const Gradients& g, V* sums, Work& w) const {
     const int64_t matrix = b * d_inner * d_state;
-    if (g.dfinal) {
-      gather(g.dfinal + matrix, block, w.dh.data());
-    } else {
-      std::fill(w.dh.begin(), w.dh.end(), V{});
-    }
-    for (int64_t c = chunks - 1; c >= 0; --c) {
-      const Place at{b, b % batch, block, c * chunk, std::min(chunk, length - c * chunk)};
-      std::fill(w.sums.begin(), w.sums.end(), V{});  // of this chunk alone: shorter sums, smaller rounding errors
-      const Sums sum(w.sums.data(), d_state);
-      read(at.source, block, at.start, at.steps, w.in);
-      begin_chunk(at, g, w);
-      for (int64_t first = 0; first < d_state; first += tile) {
-        const int64_t count = std::min<int64_t>(tile, d_state - first);
-        const V* saved = g.saved + ((at.source * blocks + block) * chunks + c) * d_state + first;
-        transitions(w.in.dt.data(), at.steps, block, first, count, w.a.data());
-        std::copy(saved, saved + count, w.h.data());
-        recompute_states<Bv, Cv>(at, first, count, g, sum, w);
-        backward_states<Bv, Cv>(at, first, count, g, sum, w);
+    std::fill(w.dh.begin(), w.dh.end(), V{});
+    if (g.dfinal)
+      for (int64_t block = first; block < last; ++block) gather(g.dfinal + matrix, block, &w.dh[(block - first) * d_state]);
+    for (int64_t c = chunks - 1; c >= 0; --c)
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t start = c * chunk;
+        const Next next = block + 1 < last ? Next{b, block + 1, start} : Next{b, first, std::max<int64_t>(0, start - chunk)};
+        const Place at{b, b % batch, block, start, std::min(chunk, length - start), next};
+        backward_chunk<Bv, Cv>(at, g, Sums(&sums[block * sums_size()], d_state), &w.dh[(block - first) * d_state], w);
       }
-      finish_chunk(at, g, sum, w);
-      for (int64_t k = 0; k < sums_size(); ++k) total.dA[k] += w.sums[k];
+    if (g.dh0)
+      for (int64_t block = first; block < last; ++block) scatter(&w.dh[(block - first) * d_state], block, g.dh0 + matrix);
+  }
+
+  template <bool Bv, bool Cv>
+  void backward_chunk(const Place& at, const Gradients& g, const Sums& total, V* dh, Work& w) const {
+    std::fill(w.sums.begin(), w.sums.end(), V{});  // of this chunk alone: shorter sums, smaller rounding errors
+    const Sums sum(w.sums.data(), d_state);
+    read(at.source, at.block, at.start, at.steps, w.in);
+    begin_chunk(at, g, w);
+    for (int64_t first = 0; first < d_state; first += tile) {
+      const int64_t count = std::min<int64_t>(tile, d_state - first);
+      const V* saved = g.saved + ((at.source * blocks + at.block) * chunks + at.start / chunk) * d_state + first;
+      transitions(w.in.dt.data(), at.steps, at.block, first, count, w.a.data());
+      std::copy(saved, saved + count, w.h.data());
+      recompute_states<Bv, Cv>(at, first, count, g, sum, w);
+      backward_states<Bv, Cv>(at, first, count, g, sum, dh + first, w);
     }
-    if (g.dh0) scatter(w.dh.data(), block, g.dh0 + matrix);
+    finish_chunk(at, g, sum, w);
+    for (int64_t k = 0; k < sums_size(); ++k) total.dA[k] += w.sums[k];
   }
 
   NOINLINE void begin_chunk(const Place& p, const Gradients& g, Work& w) const {
@@ -335,8 +353,9 @@ template <class T> struct SelectiveScan {
     for (int64_t i = 0; i < p.steps; ++i) {
       w.dy[i] = load<T>(g.dy.at(p.b, p.start + i) + d, m);
       if (z) {
-        const V gate = load<T>(z.at(p.source, p.start + i) + d, m);
-        w.dy[i] *= gate * sigmoid<T>(gate);
+        const V gate = load<T>(z.at(p.source, p.start + i) + d, m), s = sigmoid<T>(gate);
+        w.gate_slope[i] = w.dy[i] * s * (T(1) + gate * (T(1) - s));
+        w.dy[i] *= gate * s;
       }
       w.y[i] = skip * w.in.x[i];
       w.du[i] = V{}, w.ddt[i] = V{};
@@ -349,14 +368,10 @@ template <class T> struct SelectiveScan {
     const V skip = D ? load<T>(D + d, m) : V{};
     for (int64_t i = 0; i < p.steps; ++i) {
       const int64_t at = (p.b * length + p.start + i) * d_inner + d;
-      if (z) {
-        const V gate = load<T>(z.at(p.source, p.start + i) + d, m), s = sigmoid<T>(gate);
-        const V dout = load<T>(g.dy.at(p.b, p.start + i) + d, m);
-        store<T>(g.dz + at, dout * w.y[i] * s * (T(1) + gate * (T(1) - s)), m);
-      }
+      if (z) store<T>(g.dz + at, w.gate_slope[i] * w.y[i], m);
       const V dx = w.du[i] * w.in.dt[i] + skip * w.dy[i];
       V ddt = w.ddt[i] + w.du[i] * w.in.x[i];
-      if (dt_softplus) ddt *= sigmoid<T>(w.in.raw[i]);
+      if (dt_softplus) ddt *= w.in.dt_slope[i];
       *sum.dD += w.dy[i] * w.in.x[i];
       *sum.ddt_bias += ddt;
       store<T>(g.dx + at, dx, m);
@@ -377,8 +392,8 @@ template <class T> struct SelectiveScan {
         std::fill(before, before + count, V{});
       }
       if (first == 0) {
-        prefetch(p.source, t - chunk, p.block);
-        if (t >= chunk) __builtin_prefetch(g.dy.at(p.b, t - chunk) + p.block * width);
+        prefetch({p.next.b % batch, p.next.block, p.next.start}, i);
+        __builtin_prefetch(g.dy.at(p.next.b, std::min(p.next.start + i, length - 1)) + p.next.block * width);
         const int64_t at_row = (p.b * length + t) * d_inner + p.block * width;
         __builtin_prefetch(g.dx + at_row, 1), __builtin_prefetch(g.ddt + at_row, 1);
       }
@@ -401,9 +416,10 @@ template <class T> struct SelectiveScan {
 
   // Back through one chunk and tile: dh is the gradient to the state, first after, then before the step.
   template <bool Bv, bool Cv>
-  void backward_states(const Place& p, int64_t first, int64_t count, const Gradients& g, const Sums& sum, Work& w) const {
+  void backward_states(const Place& p, int64_t first, int64_t count, const Gradients& g, const Sums& sum, V* dh,
+                       Work& w) const {
     const V* A_tile = &finite[p.block * d_state + first];
-    V *dh = &w.dh[first], *dA = sum.dA + first, *product = w.products.data();
+    V *dA = sum.dA + first, *product = w.products.data();
     for (int64_t i = p.steps - 1; i >= 0; --i) {
       const int64_t t = p.start + i;
       const auto Bt = coefficients<Bv>(B, B_block, p.source, t, p.block * d_state) + first;

@@ -126,10 +126,12 @@ template <class T> INLINE Vec<T> sigmoid(Vec<T> v) {
   return (v < Vec<T>{} ? e : splat<T>(T(1))) / (T(1) + e);
 }
 // log(1 + e^v) = max(v, 0) + log1p(e), e = exp(-|v|); log1p(e) = 2 atanh(e / (2 + e)), whose argument is at most 1/3.
-template <class T> INLINE Vec<T> softplus(Vec<T> v) {
+// Its derivative is sigmoid(v); one division serves both.
+template <class T> INLINE Vec<T> softplus(Vec<T> v, Vec<T>& slope) {
   constexpr int terms = std::is_same_v<T, float> ? 8 : 17;
-  const Vec<T> e = exp<T>(negative_abs<T>(v));
-  const Vec<T> s = e / (T(2) + e), s2 = s * s;
+  const Vec<T> e = exp<T>(negative_abs<T>(v)), e1 = T(1) + e, e2 = T(2) + e, inverse = T(1) / (e1 * e2);
+  const Vec<T> s = e * e1 * inverse, s2 = s * s;
+  slope = (v < Vec<T>{} ? e : splat<T>(T(1))) * e2 * inverse;
   Vec<T> sum = splat<T>(T(1) / T(2 * terms - 1));
   for (int k = terms - 2; k >= 0; --k) sum = sum * s2 + T(1) / T(2 * k + 1);
   return (v > Vec<T>{} ? v : Vec<T>{}) + T(2) * s * sum;
