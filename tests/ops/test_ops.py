@@ -328,3 +328,10 @@ def test_value_checks_name_the_argument():
         with pytest.raises(ValueError, match="z contains NaN"):
             selective_scan(**{**kw, "z": kw["z"] * torch.nan}, backend="chunked")
     selective_scan(**{**kw, "z": kw["z"] * torch.nan}, backend="chunked")
+
+
+def test_the_public_op_compiles_into_one_graph():
+    kw = {k: v for k, v in selective(dtype=torch.float32).items() if k != "reset"}
+    torch._dynamo.reset()
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    close(compiled(**kw), selective_scan(**kw), torch.float32)

@@ -25,7 +25,8 @@ class checks:
 
 
 def values_checked() -> bool:
-    return _values.get()
+    """Under torch.compile never: a check of values would break the graph."""
+    return not torch.compiler.is_compiling() and _values.get()
 
 
 @contextmanager

@@ -249,7 +249,8 @@ template <class T> struct SelectiveScan {
   template <bool Bv, bool Cv, class Parallel> void backward_with(const Gradients& g, const Parallel& parallel) const {
     const int64_t per_sample = g.batch / g.samples;
     const int64_t slabs = std::min<int64_t>(per_sample, 32);
-    const int64_t copies = std::max<int64_t>(4, 2 * d_inner / d_state);
+    int64_t copies = 4;  // a power of two, to share evenly; all of them together about as large as x
+    while (2 * copies <= d_inner / (2 * d_state)) copies *= 2;
     const int64_t groups = std::min({blocks, copies, (int64_t(15) + g.samples * slabs) / (g.samples * slabs)});
     const int64_t rows = g.batch * length * d_state;
     std::vector<T> dB_copies(Bv ? (groups - 1) * rows : 0), dC_copies(Cv ? (groups - 1) * rows : 0);
