@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance, write_atomic
+from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance
 
 
 def record(values, cell=1.5):
@@ -70,7 +71,7 @@ def test_what_is_not_a_record_is_refused_by_name(tmp_path):
 def test_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        write_atomic(tmp_path / "file" / "results.json", "x")
+        files.write(tmp_path / "file" / "results.json", "x")
 
 
 def test_provenance_names_versions_but_no_machine_paths(monkeypatch):
@@ -85,3 +86,13 @@ def test_a_series_whose_parts_differ_in_length_is_refused():
         Series(name="s", x=[1.0, 2.0], y=[1.0, 2.0], stderr=[0.1])
     with pytest.raises(ValidationError, match="both low and high"):
         Series(name="s", x=[1.0], y=[1.0], low=[0.5])
+
+
+def test_means_and_intervals():
+    v = Value.mean([1.0, 2.0, 3.0])
+    assert (v.value, v.n) == (2.0, 3)
+    assert v.stderr == pytest.approx(1 / math.sqrt(3))
+    assert v.interval() == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4)
+    assert v.p_value() == pytest.approx(0.0742, abs=1e-4)  # t = 2√3 at 2 degrees of freedom
+    one = Value.mean([1.0])
+    assert (one.stderr, one.interval(), one.p_value()) == (None, None, None)

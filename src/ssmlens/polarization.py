@@ -12,6 +12,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from torch import Tensor
 
 from ssmlens.configuration import Config
+from ssmlens.errors import UserError
 
 
 class Polarization(Config):
@@ -51,10 +52,13 @@ class Polarization(Config):
         return self.ones + self.zeros
 
     def learned(self, units: int) -> int:
-        """How many of the configured `units` stay learned. Raises ValueError where "replace" leaves none."""
+        """How many of the configured `units` stay learned. Raises UserError where "replace" would leave none."""
         left = units if self.mode == "append" else units - self.pinned
-        if left < 0:
-            raise ValueError(f"polarization replaces {self.pinned} of only {units} state channels")
+        if left < 1:
+            raise UserError(
+                f"polarization would replace {self.pinned} of only {units} state channels and leave none to learn; "
+                "pin fewer, use more of them, or mode 'append'"
+            )
         return left
 
     def total(self, units: int) -> int:

@@ -29,17 +29,17 @@ def run(a: Tensor, u: Tensor, h: Tensor) -> list[Tensor]:
 class Coefficients:
     """One layer's view as the recurrence on one input of shape (batch, length).
 
-    transition(tokens) → a_t, drive(tokens) → u_t, content(tokens) → b_t, each (batch, tokens, *state_shape) for a slice of tokens.
-    content is None where the family has no separate b_t; dt: (batch, length, ...) broadcasting from the left to the state, or None.
+    a_at(tokens) → a_t, u_at(tokens) → u_t, b_at(tokens) → b_t, each (batch, tokens, *state_shape) for a slice of tokens.
+    b_at gives None where the family has no separate b_t; dt: (batch, length, ...) broadcasting from the left to the state, or None.
     ones, zeros: bool masks over state_shape: the state channels that polarization holds at one and at zero.
     """
 
     batch: int
     length: int
     state_shape: tuple[int, ...]
-    transition: Callable[[slice], Tensor]
-    drive: Callable[[slice], Tensor]
-    content: Callable[[slice], Tensor] | None
+    a_at: Callable[[slice], Tensor]
+    u_at: Callable[[slice], Tensor]
+    b_at: Callable[[slice], Tensor | None]
     dt: Tensor | None
     ones: Tensor
     zeros: Tensor
@@ -47,26 +47,17 @@ class Coefficients:
     @property
     def a(self) -> Tensor:
         """a_t, (batch, length, *state_shape)."""
-        return self.transition(ALL)
+        return self.a_at(ALL)
 
     @property
     def u(self) -> Tensor:
         """u_t = Δ_t b_t(x_t), (batch, length, *state_shape)."""
-        return self.drive(ALL)
+        return self.u_at(ALL)
 
     @property
     def b(self) -> Tensor | None:
         """b_t(x_t), (batch, length, *state_shape), or None where the family does not separate it from Δ_t."""
-        return None if self.content is None else self.content(ALL)
-
-    def a_at(self, tokens: slice) -> Tensor:
-        return self.transition(tokens)
-
-    def u_at(self, tokens: slice) -> Tensor:
-        return self.drive(tokens)
-
-    def b_at(self, tokens: slice) -> Tensor | None:
-        return None if self.content is None else self.content(tokens)
+        return self.b_at(ALL)
 
     def states(self) -> Tensor:
         """h_1 .. h_T by the definition, (batch, length, *state_shape)."""

@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ssmlens import files
 from ssmlens.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -35,6 +36,36 @@ class Value(_Part):
     stderr: float | None = None
     n: int | None = None
     unit: str = ""
+
+    @classmethod
+    def mean(cls, samples: Iterable[float], unit: str = "") -> "Value":
+        """The mean of independent samples with its standard error (None for a single one: nothing is known of the spread)."""
+        values = [float(x) for x in samples]
+        n = len(values)
+        centre = math.fsum(values) / n
+        if n < 2:
+            return cls(value=centre, n=n, unit=unit)
+        spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1))
+        return cls(value=centre, stderr=spread / math.sqrt(n), n=n, unit=unit)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Student's t confidence interval of a mean of n samples; None where there is no standard error."""
+        if self.stderr is None or self.n is None or self.n < 2:
+            return None
+        from scipy.stats import t
+
+        half = float(t.ppf(0.5 + level / 2, self.n - 1)) * self.stderr
+        return self.value - half, self.value + half
+
+    def p_value(self) -> float | None:
+        """Two-sided p of "the mean is 0" (Student's t); None where there is no standard error."""
+        if self.stderr is None or self.n is None or self.n < 2:
+            return None
+        if self.stderr == 0:
+            return 1.0 if self.value == 0 else 0.0
+        from scipy.stats import t
+
+        return float(2 * t.sf(abs(self.value) / self.stderr, self.n - 1))
 
 
 Cell = Value | float | int | str | None
@@ -135,7 +166,7 @@ class Record(_Part):
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write to `path` atomically: a reader, or a kill, sees the old file or the new one, never a part."""
-        return write_atomic(path, self.to_json())
+        return files.write(path, self.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> "Record":
@@ -171,33 +202,6 @@ class Record(_Part):
             return cls.from_json(text)
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
-
-
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a whole file or nothing: a temporary file beside it, flushed to disk, then renamed.
-
-    Raises UserError where the directory cannot be made or written."""
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}; choose another place with --out") from e
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
 
 
 def provenance(device: str = "cpu") -> Provenance:

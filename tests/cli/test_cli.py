@@ -194,6 +194,24 @@ def test_wrong_training_files_are_named(tmp_path, extra, words):
     assert_refused(ssmlens("train", "run.toml", cwd=tmp_path), *words)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("vocab_size = 256", "vocab_size = 64", ["256 different tokens", "model.vocab_size"]),
+        ("ones = 1", 'ones = 16\nmode = "replace"', ["leave none to learn"]),
+        ("n_layers = 2", "n_layers = 2\nmixer_config = { d_stat = 3 }", ["did you mean 'd_state'"]),
+        ("text.txt", "nowhere.txt", ["nowhere.txt"]),
+        ("length = 32", "length = 32000", ["shorter"]),
+    ],
+)
+def test_impossible_training_files_are_refused(tmp_path, old, new, words):
+    write_config(tmp_path)
+    text = (tmp_path / "run.toml").read_text()
+    assert old in text
+    (tmp_path / "run.toml").write_text(text.replace(old, new))
+    assert_refused(ssmlens("train", "run.toml", cwd=tmp_path), *words)
+
+
 def test_a_killed_run_resumes_bitwise(tmp_path):
     """kill -9 in the middle, --resume, and the weights are those of a run that nobody disturbed."""
     write_config(tmp_path, steps=300)

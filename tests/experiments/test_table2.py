@@ -5,7 +5,7 @@ import torch
 
 from ssmlens.errors import UserError
 from ssmlens.experiments import ITEMS, Request, table2
-from ssmlens.experiments.base import interval, mean
+from ssmlens.experiments.base import holm
 from ssmlens.models import LanguageModel
 from ssmlens.results import Record, Value
 
@@ -21,14 +21,8 @@ def test_the_eight_configurations_and_the_papers_numbers():
 
 def test_the_paper_scale_is_the_papers():
     scale = table2.SCALES["paper"]
-    assert (scale.length, scale.vocab_size, scale.d_model, scale.batch_size, scale.epochs, scale.lr) == (
-        1024,
-        8192,
-        128,
-        128,
-        64,
-        1e-3,
-    )
+    assert (scale.length, scale.vocab_size, scale.d_model, scale.batch_size, scale.epochs) == (1024, 8192, 128, 128, 64)
+    assert set(scale.lr.values()) == set(scale.released_lr.values()) == {1e-3}
     assert scale.pairs == (64, 128, 256)
     released = table2.data(scale, "released", 0)
     assert [(s.length, s.pairs, s.examples) for s in released.train][:2] == [(64, 4, 100_000), (128, 8, 20_000)]
@@ -37,7 +31,7 @@ def test_the_paper_scale_is_the_papers():
     assert len(corrected.train) == 15
     assert {s.length for s in corrected.train} == {64, 128, 256, 512, 1024}
     assert not corrected.on_the_fly
-    training = table2.training(scale, "released", 0, 2500)
+    training = table2.training(scale, "released", 2, 0, 2500)
     assert (training.steps, training.schedule, training.early_stop, training.early_stop_on) == (
         64 * 2500,
         "cosine_epoch",
@@ -61,7 +55,7 @@ def test_what_a_variant_changes(variant):
         assert torch.isneginf(mixer.A()[:, -1]).all()
         low, high = (0.001, 0.1) if variant == "corrected" else (0.016, 0.8)
         assert 0.9 * low < dt.min() < dt.max() < 1.1 * high
-    assert table2.training(scale, variant, 0, 10).early_stop == (0.99 if variant == "released" else None)
+    assert table2.training(scale, variant, 2, 0, 10).early_stop == (0.99 if variant == "released" else None)
 
 
 def test_smoke_runs_resumes_and_repeats(tmp_path):
@@ -95,14 +89,15 @@ def test_gains_are_paired_by_seed():
     assert gain.stderr == pytest.approx(0, abs=1e-9), "what a seed has in common cancels"
 
 
-def test_mean_and_interval():
-    v = mean([1.0, 2.0, 3.0])
-    assert (v.value, v.n) == (2.0, 3)
-    assert v.stderr == pytest.approx(1 / math.sqrt(3))
-    low, high = interval(v)
-    assert (low, high) == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4)
-    assert mean([1.0]).stderr is None
-    assert interval(mean([1.0])) is None
+def test_a_claim_must_survive_all_the_others():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.5}) == {"a": 0.03, "b": 0.08, "c": 0.5}
+    clear = Value(value=10.0, stderr=0.1, n=3)
+    weak = Value(value=10.0, stderr=2.2, n=3)  # p = 0.045 alone
+    assert weak.p_value() == pytest.approx(0.045, abs=0.002)
+    gains = {"corrected": {c.id: weak for c in table2.CONFIGURATIONS if c.ones or c.zeros} | {"both-2": clear}}
+    said = {s.split(":")[0]: s for s in table2._sentences(gains)}
+    assert "helps" in said["corrected, 2 layers, channels at 1 and 0"]
+    assert "no difference that these seeds can show" in said["corrected, 4 layers, one channel at 1"]
 
 
 def test_unknown_names_are_refused_with_the_nearest(tmp_path):

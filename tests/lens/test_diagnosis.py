@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from ssmlens.errors import UserError
-from ssmlens.lens import Subject, diagnose
+from ssmlens.lens import Subject, diagnose, verdict
+from ssmlens.lens.comparison import comparisons, sign
+from ssmlens.lens.context import Context
+from ssmlens.lens.smoothing import Smoothing
 from ssmlens.results import Record
 
-from .models import model, tokens
+from .models import hybrid, model, tokens
 from .systems import ACCESS, Gated, Recurrence
 
 
@@ -43,9 +46,10 @@ def test_the_record_survives_its_file(pair, tmp_path):
     assert read.complete
     assert read.config["text"] == "random"
     assert read.config["models"]["polarized"]["polarization"]["ones"] == 1
-    assert read.notes == ["a note"]
+    assert read.notes[0] == "a note"
+    assert "Two trainings of the same configuration would differ too" in read.notes[1]
     assert read.seeds == [0]
-    assert {t.id for t in read.tables} == {"influence", "context", "sharpness", "transitions", "models"}
+    assert {t.id for t in read.tables} == {"influence", "context", "sharpness", "transitions", "comparisons", "models"}
     assert len({f.id for f in read.figures}) == len(read.figures) == 10
     for figure in read.figures:
         assert figure.meaning
@@ -62,10 +66,9 @@ def test_the_record_survives_its_file(pair, tmp_path):
 def test_the_verdict_tells_of_every_model(pair):
     text = " ".join(pair.record().verdict)
     for name in ("default", "polarized"):
-        assert f"In {name} the transitions of" in text
-        assert f"{name} makes no measurable use" in text or f"{name} uses distant" in text or f"hurts {name}" in text
-    assert "128 are held at one" not in text
-    assert "64 are held at one and 64 at zero" in text
+        assert f"In {name} the median learned state channel" in text
+        assert f"{name} uses text more than 4 tokens" in text or f"{name} does not use text more than 4 tokens" in text
+    assert "Of all 1,152, 64 are held at one and 64 at zero" in text
     assert str(pair) == "\n".join(pair.record().verdict)
 
 
@@ -79,21 +82,122 @@ def test_the_verdict_is_right_where_the_truth_is_known():
     fast = Recurrence(torch.full((4,), 0.5 ** (1 / 5)), np.eye(4))
     slow = Recurrence(torch.full((4,), 0.5 ** (1 / 20)), np.eye(4))
     never = Recurrence(torch.ones(4), np.eye(4))
-    first, second, third, one, two = verdict_of(("fast", fast), ("slow", slow), ("never", never))
+    one, two, first, second, third = verdict_of(("fast", fast), ("slow", slow), ("never", never))
+    assert one.startswith("slow forgets more slowly than fast: a token's influence halves every 20 tokens, in fast")
+    assert one.endswith("it halves every 5 tokens.")
+    assert two.startswith("never forgets more slowly than fast")
     assert first.startswith("fast forgets: the influence of a token halves every 5 tokens")
     assert second.startswith("slow forgets: the influence of a token halves every 20 tokens")
     assert third.startswith("never keeps a trace that does not clearly decay")
-    assert "10 % from the last tenth of the 80-token context" in third
-    assert "slow forgets more slowly than fast: half-life 20 tokens against 5 tokens" in one
-    assert "never forgets more slowly than fast" in two
+    assert third.endswith("comes from the last 72 tokens of 80.")
 
 
 def test_the_verdict_does_not_claim_what_it_cannot_see():
-    *_, comparison = verdict_of(("a", Gated(seed=0, vocab_size=16)), ("b", Gated(seed=0, vocab_size=16)))
-    assert "cannot be told apart" in comparison
+    comparison, *_ = verdict_of(("a", Gated(seed=0, vocab_size=16)), ("b", Gated(seed=0, vocab_size=16)))
+    assert comparison.startswith("Which of b and a forgets more slowly cannot be told")
     only_now = verdict_of(("now", Recurrence(torch.zeros(4), np.eye(4))))[0]
     assert "forgets within a few tokens" in only_now
-    assert "comes from the last token," in only_now
+    assert "comes from the last token of 80." in only_now
+
+
+def test_one_sequence_claims_nothing():
+    fast, slow = (Recurrence(torch.full((4,), 0.5 ** (1 / life)), np.eye(4)) for life in (5, 20))
+    found = diagnose(
+        [Subject("fast", fast, ACCESS), Subject("slow", slow, ACCESS)], tokens(1, 80, 16), measures=["influence", "context"]
+    )  # fmt: skip
+    warning, comparison, *_ = found.record().verdict
+    assert warning.startswith("One sequence says nothing about chance")
+    assert comparison.startswith("slow on this one sequence: a token's influence halves every 20 tokens")
+    assert found.record().verdict[-1].endswith("bits per token on this one sequence.")
+    assert {row[4] for t in found.tables() if t.id == "comparisons" for row in t.rows} == {None}
+    both = diagnose({"one": model(), "two": model(1)}, tokens(1, 16), measures=["smoothing"]).record().verdict
+    assert all("this one sequence" in sentence for sentence in both[1:])
+
+
+def test_comparisons_are_paired_where_the_sequences_are_the_same():
+    """Two nearly equal models on texts that differ much: only the paired difference can be seen."""
+    a, b = Gated(seed=0, offset=2.0), Gated(seed=0, offset=2.05)
+    subjects, text = [Subject("a", a, ACCESS), Subject("b", b, ACCESS)], tokens(6, 60)
+    same = diagnose(subjects, text, measures=["influence"], probes=4)
+    swapped = diagnose(subjects, {"a": text, "b": text.flip(0)}, measures=["influence"], probes=4)
+    (paired,), (apart,) = comparisons(same), comparisons(swapped)
+    assert paired.paired
+    assert not apart.paired
+    assert sign(paired.difference) == -1
+    assert sign(apart.difference) == 0
+    assert paired.difference.stderr < 0.2 * apart.difference.stderr
+    assert same.record().verdict[0].startswith("b forgets more slowly than a")
+    row = dict(
+        zip(("what", "model", "against", "difference", "interval", "p", "read"), same.tables()[1].rows[0], strict=True)
+    )
+    assert (row["model"], row["against"], row["read"]) == ("b", "a", "the same sequences")
+    assert row["p"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        ([0.5, 0.6, 0.4, 0.5], "m uses text more than 4 tokens back: without it, it loses 0.500 bits per token"),
+        ([-0.5, -0.6, -0.4, -0.5], "Text more than 4 tokens back hurts m: without it, it gains 0.500 bits"),
+        ([0.01, -0.01, 0.002, -0.002], "m does not use text more than 4 tokens back: without it, it loses at most 0.013"),
+        ([0.5, -0.3, 0.2, 0.1], "Whether m uses text more than 4 tokens back cannot be told: without it, its loss changes by −0.40 to +0.65"),
+        ([0.5], "Seeing only the last 4 tokens changes the loss of m by +0.50 bits per token on this one sequence."),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_distant_text(costs, said):
+    costs = np.array(costs)
+    found = Context("m", 32, 1, np.array([1, 2, 4, 8]), 2 + np.tile(costs[:, None], 4), np.full(len(costs), 2.0), np.zeros((len(costs), 31)))  # fmt: skip
+    assert verdict.behaviour(found).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([0.6, 0.62, 0.58, 0.6], "Depth blurs m: its tokens become 40 % more alike"),
+        ([1.4, 1.42, 1.38, 1.4], "Depth does not blur m: its tokens become 40 % more different"),
+        ([0.99, 0.98, 1.0, 1.0], "Depth hardly changes how different the tokens of m are"),
+        ([0.5, 1.4, 0.7, 1.1], "Whether depth blurs m cannot be told"),
+        ([0.6], "m on this one sequence: relative sharpness 1.00 after layer 1, 0.60 after layer 2"),
+    ],
+)
+def test_what_is_said_of_blur(changes, said):
+    assert verdict.blurring(blur("m", changes)).startswith(said)
+
+
+def blur(name, changes):
+    z = np.stack([np.ones(len(changes)), np.array(changes)], 1)
+    one, layers = {"block": np.ones_like(z)}, {"block": [1, 2]}
+    return Smoothing(name, 9, 9, {"block": z}, one, {"block": np.zeros_like(z)}, layers)
+
+
+def test_which_blurs_less():
+    easy_and_hard = np.array([0.5, 0.9, 0.6, 0.8])
+    a, b = blur("a", easy_and_hard), blur("b", easy_and_hard + 0.1)
+    assert verdict._blurs_less(a, b, True).startswith("b blurs less with depth than a")
+    assert verdict._blurs_less(b, a, True).startswith("a blurs more with depth than b")
+    assert verdict._blurs_less(a, b, False).startswith("Which of b and a blurs less cannot be told")
+    assert verdict._blurs_less(a, blur("c", easy_and_hard + 0.01), True).startswith("c and a blur alike")
+
+
+@pytest.mark.parametrize("averages", [(1,), (0, 1, 2)])
+def test_hybrids_and_models_without_recurrence(averages, tmp_path):
+    found = diagnose(
+        {"mamba": model(n_layers=3), "other": hybrid(*averages)}, tokens(3, 32), probes=1, out_dir=tmp_path
+    )
+    assert found.complete
+    record = Record.read(tmp_path / "results.json")
+    notes = " ".join(record.notes)
+    if len(averages) == 3:
+        assert list(found.transitions) == ["mamba"]
+        assert "other: transitions was not measured, because it does not show its transitions." in notes
+    else:
+        assert found.transitions["other"].numbers == [1, 3]
+        assert "other: transitions were measured in layers 1, 3; the others have no diagonal transition." in notes
+        assert "other: sharpness of inputs and memories was measured in layers 1, 3" in notes
+        assert "of 2 layers" in " ".join(s for s in record.verdict if "other" in s)
+    models = next(t for t in record.tables if t.id == "models")
+    assert models.rows[1][4] == ("Average" if len(averages) == 3 else "Mamba, Average")
+    found.plot()
 
 
 class StopAfter:
@@ -137,7 +241,7 @@ def test_a_kill_leaves_what_was_finished(tmp_path):
         diagnose(model(), tokens(1, 16), probes=1, progress=Killed(2), out_dir=tmp_path)
     record = Record.read(tmp_path / "results.json")
     assert not record.complete
-    assert {t.id for t in record.tables} == {"influence", "context", "models"}
+    assert {t.id for t in record.tables} == {"influence", "context", "models"}  # one model: nothing to compare
 
 
 def test_what_does_not_apply_is_skipped_and_said():

@@ -13,7 +13,7 @@ from ssmlens.lens import smoothing
 from ssmlens.lens.smoothing import sharpness
 from ssmlens.lens.subject import Access, Subject
 
-from .models import model, tokens
+from .models import hybrid, model, tokens
 from .systems import ACCESS, Recurrence
 
 
@@ -151,6 +151,34 @@ def test_averaging_tokens_is_seen_as_blur():
     assert falling == sorted(falling, reverse=True)
     assert found.change_over_depth().value < 0.5
     assert found.memories_smoother() is None
+
+
+def test_inputs_and_memories_of_a_hybrid_are_those_of_its_recurrent_layers():
+    m, x = hybrid(1), tokens(3, 40)
+    found = smoothing.measure(m, x)
+    assert found.layers == {"b": [1, 3], "h": [1, 3], "mixer": [1, 2, 3], "block": [1, 2, 3]}
+    assert found.distance["b"].shape == (3, 2)
+    assert found.memories_smoother()[2] == 2
+    rows = found.table_rows()
+    assert [row[1] for row in rows] == [1, 2, 3]
+    assert rows[1][2:6] == [None] * 4
+    assert rows[2][2].value == pytest.approx(found.distance["b"][:, 1].mean())
+    assert rows[2][4].value == pytest.approx(found.distance["h"][:, 1].mean())
+    states = next(f for f in found.figures() if f.id == "sharpness-states")
+    assert [s.x for s in states.series] == [[1, 3], [1, 3]]
+
+
+def test_memories_are_called_smoother_only_where_the_sequences_agree():
+    def of(differences):
+        b, h = np.ones((len(differences), 1)), 1 + np.array(differences, dtype=float)[:, None]
+        one = np.ones_like(b)
+        streams = {"b": b, "h": h, "block": one}
+        layers = {stream: [1] for stream in streams}
+        return smoothing.Smoothing("s", 9, 9, streams, dict.fromkeys(streams, one), {}, layers).memories_smoother()
+
+    assert of([-0.2, -0.21, -0.19, -0.2]) == (1, 1, 1)
+    assert of([-0.5, 0.1, -0.4, 0.2]) == (0, 0, 1), "smaller on average, but not surely"
+    assert of([-0.2]) is None
 
 
 def test_a_model_without_blocks_is_refused():

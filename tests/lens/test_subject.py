@@ -8,7 +8,7 @@ from ssmlens.errors import UserError
 from ssmlens.lens import influence, smoothing
 from ssmlens.lens.subject import Access, Subject
 
-from .models import model, tokens
+from .models import hybrid, model, tokens
 
 
 def mamba():
@@ -50,7 +50,7 @@ def test_blocks_of_transformers_models_are_the_hidden_states(build):
     seen = []
     subject.walk(x, seen.append)
     assert [s.index for s in seen] == [0, 1, 2]
-    assert not subject.has_coefficients
+    assert subject.recurrent == []
     with torch.no_grad():
         states = m(input_ids=x, output_hidden_states=True).hidden_states
     first = (
@@ -72,6 +72,12 @@ def test_blocks_of_our_model():
             torch.testing.assert_close(block.mixer(s.x)[0], s.y)
         torch.testing.assert_close(seen[0].out + seen[1].y, seen[1].out)
         torch.testing.assert_close(m.backbone.norm(seen[1].out), m(input_ids=x).last_hidden_state)
+
+
+def test_recurrent_blocks_are_those_with_a_diagonal_transition():
+    assert Subject("m", model()).recurrent == [0, 1]
+    assert Subject("m", hybrid(1)).recurrent == [0, 2]
+    assert Subject("m", hybrid(0, 1, 2)).recurrent == []
 
 
 def test_nothing_is_left_behind():

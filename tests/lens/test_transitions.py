@@ -12,7 +12,7 @@ from ssmlens.lens import transitions
 from ssmlens.lens.subject import Access, Subject
 from ssmlens.recurrence import Coefficients
 
-from .models import model, tokens
+from .models import hybrid, model, tokens
 from .systems import ACCESS, Recurrence
 
 
@@ -32,7 +32,7 @@ class Known(nn.Module):
         a = self.a[None].expand(x.shape[0], *self.a.shape)
         return Coefficients(
             batch=x.shape[0], length=x.shape[1], state_shape=tuple(self.a.shape[1:]),
-            transition=lambda t: a[:, t], drive=lambda t: a[:, t], content=None, dt=None, ones=self.ones, zeros=self.zeros,
+            a_at=lambda t: a[:, t], u_at=lambda t: a[:, t], b_at=None, dt=None, ones=self.ones, zeros=self.zeros,
         )  # fmt: skip
 
 
@@ -61,16 +61,47 @@ def test_constant_transitions_do_not_move():
         layer.half_lives[0], [1, math.log(0.5) / math.log(0.9), math.log(0.5) / math.log(0.99)], rtol=1e-5
     )
     assert found.half_life_quantile(0.5).value == pytest.approx(math.log(0.5) / math.log(0.9), rel=1e-5)
-    assert found.share_remembering(50).value == pytest.approx(1 / 3)
+    assert found.share_remembering().value == 0
+    shorter = transitions.measure(subject(Known(a[:60])), tokens(2, 60))
+    assert shorter.share_remembering().value == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("length", [30, 64, 200, 1500])
-def test_extremes_median_and_histogram_over_all_tokens(length):
-    """Also beyond one chunk, and beyond the tokens kept for the median (there it is one over every second token)."""
+@pytest.mark.parametrize("length", [9, 64, 101, 300])
+def test_a_state_keeps_the_product_of_its_transitions(length):
+    """0.99 and 0.1 in turn: the median would call it slow or fast by the parity of the length; the product is what is left."""
+    a = torch.tensor([0.99, 0.1]).repeat(length)[:length].view(-1, 1)
+    found = transitions.measure(subject(Known(a)), tokens(2, length))
+    left = float(a[1:, 0].double().prod())  # a_1 acts on nothing
+    rate = -math.log(left) / (length - 1)
+    assert found.half_life_quantile(0.5).value == pytest.approx(math.log(2) / rate, rel=1e-6)
+    assert found.half_life_quantile(0.5).value < 0.65
+    assert found.share_remembering().value == 0
+
+
+def test_one_zero_empties_a_state_except_at_the_first_token():
+    a = torch.full((80, 2), 0.999)
+    a[0, 0] = a[40, 1] = 0
+    found = transitions.measure(subject(Known(a)), tokens(2, 80))
+    np.testing.assert_allclose(found.layers[0].half_lives[0], [math.log(0.5) / math.log(0.999), 0], rtol=1e-4)
+    assert found.share_remembering().value == 0.5
+
+
+def test_the_layers_of_a_hybrid_keep_their_numbers():
+    found = transitions.measure(hybrid(0), tokens(2, 20))
+    assert found.numbers == [2, 3]
+    assert [row[1] for row in found.table_rows()] == [2, 3]
+    assert next(f for f in found.figures() if f.id == "memory-horizon").series[0].x == [2, 3]
+    with pytest.raises(UserError, match="does not show its transitions"):
+        transitions.measure(hybrid(0, 1, 2), tokens(1, 10))
+
+
+@pytest.mark.parametrize("length", [30, 64, 200])
+def test_extremes_sums_and_histogram_over_all_tokens(length):
+    """Also beyond one chunk."""
     a = torch.rand(length, 4, 3, generator=torch.Generator().manual_seed(length))
     layer = transitions.measure(subject(Known(a)), tokens(1, length)).layers[0]
     np.testing.assert_allclose(layer.high[0] - layer.low[0], (a.amax(0) - a.amin(0)).flatten(), rtol=1e-6)
-    np.testing.assert_allclose(layer.median[0], a[:: math.ceil(length / 1024)].flatten(1).median(0).values, rtol=1e-6)
+    np.testing.assert_allclose(layer.logsum[0], a[1:].double().log().sum(0).flatten(), rtol=1e-9)
     assert layer.histogram.sum() == a.numel()
     assert layer.histogram[0, 0] == (a < 0.02).sum()
 
@@ -97,11 +128,13 @@ def test_all_pinned_leaves_nothing_to_say():
     with pytest.raises(UserError, match="all are pinned"):
         found.share_below(0.5)
     assert found.table_rows()[0][-1] is None
+    assert found.figures() == []
 
 
 def test_half_life_at_the_ends():
-    np.testing.assert_allclose(transitions.half_life(np.array([0.0, 0.5, 1.0])), [0, 1, math.inf])
-    assert 4e6 < transitions.half_life(np.array(1 - 1.2e-7)) < 7e6
+    np.testing.assert_allclose(
+        transitions.half_life(np.array([-math.inf, 10 * math.log(0.5), 0.0]), 10), [0, 1, math.inf]
+    )
 
 
 def test_a_channel_that_never_forgets_has_an_infinite_quantile():
@@ -114,7 +147,7 @@ def test_a_channel_that_never_forgets_has_an_infinite_quantile():
 def test_complex_transitions_count_by_modulus():
     a = torch.polar(torch.full((10, 2), 0.8), torch.linspace(0, 3, 20).view(10, 2))
     layer = transitions.measure(subject(Known(a)), tokens(1, 10)).layers[0]
-    np.testing.assert_allclose(layer.median, 0.8, rtol=1e-6)
+    np.testing.assert_allclose(layer.logsum, 9 * math.log(0.8), rtol=1e-5)
     assert layer.ranges.max() < 1e-6
 
 

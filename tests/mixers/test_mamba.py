@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ssmlens import mixers
+from ssmlens.errors import UserError
 from ssmlens.polarization import Polarization
 
 
@@ -44,7 +45,7 @@ def test_append_and_replace():
     assert torch.allclose(A[0, 1:-1], -torch.arange(2.0, 16)), (
         "the slowest made room for the one, the fastest for the zero"
     )
-    with pytest.raises(ValueError, match="replaces 2 of only 1"):
+    with pytest.raises(UserError, match="replace 2 of only 1"):
         mixers.build("mamba", 8, polarization=Polarization(mode="replace"), d_state=1)
 
 

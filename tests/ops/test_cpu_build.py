@@ -116,6 +116,7 @@ def test_a_killed_build_breaks_nothing(tmp_path: Path) -> None:
     process.communicate()
     environment["CXX"] = str(fake_compiler(tmp_path, "pass"))
     assert lines(start(environment)) == WORKS
+    assert len(libraries(tmp_path)) == 1  # what the dead one left is gone
 
 
 def test_no_compiler_is_one_warning() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -118,29 +119,38 @@ def test_strange_manifests_do_not_count(tmp_path, manifest):
     assert checkpoints.latest(tmp_path) is None
 
 
-def test_half_written_ones_are_ignored_and_cleaned(tmp_path):
+def test_what_is_not_one_is_ignored(tmp_path):
     good, *_ = save(tmp_path, 4)
-    half = tmp_path / "step-00000008.tmp-123"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"abc")
-    (tmp_path / "step-notanumber").mkdir()
-    (tmp_path / "step-00000012").mkdir()
+    for name in (".step-00000008.tmp-00000000-123-0", "step-notanumber", "step-00000012"):
+        (tmp_path / name).mkdir()
     assert checkpoints.latest(tmp_path) == good
-    checkpoints.clean(tmp_path)
-    assert not half.exists()
-    assert good.exists()
     assert checkpoints.latest(tmp_path / "nowhere") is None
 
 
-def test_a_full_disk_leaves_the_earlier_ones_alone(tmp_path, monkeypatch):
+def test_others_may_read_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path, *_ = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        os.listdir(path), "0o644"
+    )
+
+
+# bytes at which the system fails as it does for a full disk: in the model, the optimizer, the generators
+@pytest.mark.parametrize("bytes_", [500, 2500, 6000])
+def test_a_full_disk_leaves_the_earlier_ones_alone(tmp_path, bytes_):
     good, *_ = save(tmp_path, 4)
-
-    def full(path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.files, "sync", full)
-    with pytest.raises(UserError, match="No space left"):
-        save(tmp_path, 8)
+    sizes = [(good / f"{name}").stat().st_size for name in ("model.safetensors", "optimizer.pt", "rng.pt")]
+    assert 500 < sizes[0] < 2500 < sizes[1] < 6000 < sizes[2]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*step-00000008"):
+            save(tmp_path, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == [good.name]
     assert checkpoints.latest(tmp_path) == good
 

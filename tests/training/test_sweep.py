@@ -12,8 +12,10 @@ import pytest
 import training_tiny
 from training_tiny import training_worker, worker
 
+from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.training import SweepError, sweep
+from ssmlens.results import Provenance, provenance
+from ssmlens.training import SweepError, schedulers, sweep, sweep_provenance
 from ssmlens.training.schedulers import Event, execute
 
 JOBS = [("b", {"n": 2}), ("a", {"n": 1, "fail": None})]
@@ -35,6 +37,45 @@ def test_results_come_in_the_order_of_the_jobs_and_stay(tmp_path):
     more = sweep([*JOBS, ("c", {"n": 3})], tmp_path, worker, resume=True, **HERE)
     assert [more["b"], more["a"]] == list(results.values())
     assert [starts(tmp_path, id_) for id_ in "abc"] == [1, 1, 1]
+
+
+def test_more_or_fewer_seeds_keep_what_is_finished(tmp_path):
+    def seeds(n):
+        return [(f"seed{i}", {"n": i}) for i in range(n)]
+
+    first = sweep(seeds(2), tmp_path, worker, **HERE)
+    more = sweep(seeds(4), tmp_path, worker, resume=True, **HERE)
+    assert {id_: more[id_] for id_ in first} == first
+    assert sweep(seeds(1), tmp_path, worker, resume=True, **HERE) == {"seed0": first["seed0"]}
+    assert sweep(seeds(4), tmp_path, worker, resume=True, **HERE) == more
+    assert [starts(tmp_path, f"seed{i}") for i in range(4)] == [1, 1, 1, 1]
+
+
+def test_every_run_notes_where_it_comes_from(tmp_path):
+    sweep(JOBS, tmp_path, worker, processes=2, threads_per_process=2, progress=False)
+    found = sweep_provenance(tmp_path, ["a", "b", "later"])
+    assert list(found) == ["a", "b", "later"]
+    assert found["later"] is None
+    here = provenance()
+    for id_ in "ab":
+        noted = Provenance.model_validate(found[id_])
+        assert noted.model_copy(update={"created": here.created}) == here.model_copy(update={"threads": 2})
+
+    path = tmp_path / "runs" / "a" / "result.json"  # of a version that did not note it
+    record = json.loads(path.read_text())
+    del record["provenance"]
+    path.write_text(json.dumps(record))
+    assert sweep(JOBS, tmp_path, worker, resume=True, **HERE)["a"] == record["result"]
+    assert sweep_provenance(tmp_path, ["a"]) == {"a": None}
+
+
+def test_the_device_is_that_of_the_training(tmp_path, monkeypatch):
+    from accelerate.state import PartialState
+
+    sweep([("a", {"seed": 1, "delay": 0.0})], tmp_path, training_worker, **HERE)
+    assert sweep_provenance(tmp_path, "a")["a"]["device"] == "cpu"
+    monkeypatch.setitem(PartialState._shared_state, "device", "cuda:1")
+    assert schedulers._device() == "cuda:1"
 
 
 def test_a_failure_is_raised_at_the_end_and_only_it_runs_again(tmp_path):
@@ -190,6 +231,10 @@ def faster(config, directory, report):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killing_the_sweep_takes_its_workers_with_it(tmp_path):
     process = start_program(tmp_path, "sleep", (tmp_path / "runs" / "one" / "asleep").exists)
+    with pytest.raises(UserError, match=f"another process is running in {tmp_path}"):
+        sweep([("one", {})], tmp_path, worker, resume=True, **HERE)
     process.kill()
     all_gone(process)
+    with files.locked(tmp_path, "running"):  # no lock is left to remove by hand
+        pass
     assert not list(tmp_path.glob("runs/*/result.json"))

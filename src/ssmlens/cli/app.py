@@ -50,7 +50,7 @@ def diagnose(
         Path | None, typer.Option(help="Token ids instead of text: a file of integers, or a JSON list.")
     ] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")] = 512,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences; standard errors come from their spread.")] = 4,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences; standard errors come from their spread.")] = 8,
     probes: Annotated[int, typer.Option(min=1, help="Random probes a target position.")] = 8,
     exact: Annotated[
         bool, typer.Option("--exact", help="The whole Jacobian instead of probes: one pass for every dimension.")

@@ -8,10 +8,10 @@ from ssmlens.results import Record
 
 def directory(out: Path | None, default: str) -> Path:
     """The output directory, made and proved writable before any work is done. Raises UserError."""
-    from ssmlens.results import write_atomic
+    from ssmlens import files
 
     chosen = out if out is not None else Path("ssmlens-out") / default
-    probe = write_atomic(chosen / ".writable", "")
+    probe = files.write(chosen / ".writable", "")
     probe.unlink(missing_ok=True)
     return chosen
 

@@ -18,7 +18,7 @@ def run(
         choose("variant", variant, chosen.variants)
     where = directory(out, f"{item}-{scale}")
     if processes is None:  # a smoke run is shorter than the start of a process
-        processes = 0 if scale == "smoke" else _cores()
+        processes = 0 if scale == "smoke" else _workers()
     record = chosen.run(
         Request(
             scale=scale, out=where, variants=tuple(variants) if variants else None, seeds=seeds, resume=resume,
@@ -28,6 +28,10 @@ def run(
     finish(record, where, json)
 
 
-def _cores() -> int:
-    """The cores that this process may use (not every system can tell)."""
+def _workers() -> int:
+    """One where a GPU does the work, else the cores that this process may use (not every system can tell)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

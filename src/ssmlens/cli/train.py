@@ -1,6 +1,7 @@
 """`ssmlens train CONFIG`: a TOML file with the tables [model], [data] and [training].
 
-[model]      the fields of `ssmlens.models.Architecture`; seed is that of the initialisation, weight_decay_groups "corrected"
+seed, weight_decay_groups, threads      above the first table, see RunConfig
+[model]      the fields of `ssmlens.models.Architecture`
 [data]       task = "corpus" (the other keys: `CorpusConfig`) or task = "mqar" (`MqarConfig`)
 [training]   the fields of `ssmlens.training.TrainConfig`
 """
@@ -16,7 +17,8 @@ from ssmlens.errors import UserError
 
 
 class RunConfig(Config):
-    """A training file. `seed` initialises the model; data and training have seeds of their own."""
+    """A training file. seed: of the initialisation, and of data and training where they name none of their own.
+    weight_decay_groups: see `LanguageModel.parameter_groups`. threads: of PyTorch; None leaves them as they are."""
 
     model: dict[str, Any]
     data: dict[str, Any]
@@ -47,16 +49,20 @@ def run(path: Path, out: Path | None, resume: bool) -> None:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    settings = TrainConfig(**config.training)
+    settings = TrainConfig.of({"seed": config.seed, **config.training}, f"{path}, [training]")
     model_config = LanguageModelConfig(**config.model)
-    stream = stream_of(config.data)
+    stream = stream_of({"seed": config.seed, **config.data})
+    if stream.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"{path}: the data has {stream.vocab_size} different tokens, the model only {model_config.vocab_size}; set model.vocab_size"
+        )
     torch.manual_seed(config.seed)
     model = LanguageModel(model_config)
     where = out if out is not None else Path("runs") / path.stem
     result = train(
         model, stream, settings, where, evaluate=lambda m: evaluate(m, stream), resume=resume, title=path.stem,
         optimizer_groups=model.parameter_groups(settings.weight_decay, config.weight_decay_groups),
-        identity={"model": model_config.architecture.model_dump(mode="json"), "data": config.data, "seed": config.seed},
+        identity={"model": model_config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed},
     )  # fmt: skip
     save(model, where / "model")
     measured = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
@@ -79,25 +85,11 @@ def evaluate(model: Any, stream: Any) -> dict[str, float]:
 
 
 def save(model: Any, path: Path) -> None:
-    """save_pretrained, atomically: into a directory beside it, then renamed."""
-    import os
-    import shutil
-    import tempfile
-
+    """save_pretrained, all of it or nothing."""
     from transformers.utils import logging
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        logging.disable_progress_bar()
+    from ssmlens import files
+
+    logging.disable_progress_bar()
+    with files.replace_directory(path) as temporary:
         model.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.")) / "model"
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old.parent)
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

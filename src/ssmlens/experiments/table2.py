@@ -2,20 +2,24 @@
 
 Eight configurations, the paper's seven and the one it leaves out (one channel at 1, 4 layers), each in up to three variants:
 
-    corrected   Mamba's own Δ initialisation and weight-decay groups, channels at exactly 0 and 1, shuffled data
-    released    what the paper's code runs: Δ's bias zeroed, decay on everything, -100 for the zero channel, data in order,
-                early stop at 99 % on the test set (SPEC.md §4)
+    corrected   Mamba's own Δ initialisation and weight-decay groups, channels at exactly 0 and 1, shuffled data; at paper scale
+                the training mix of the paper's text
+    released    what the paper's code runs: Δ's bias zeroed, decay on everything, -100 for the zero channel, data in order, early
+                stop at 99 % on the test set (SPEC.md §4); at paper scale the training mix of that code
     rescaled    corrected, with Δ's initial range scaled from length 1024 to the length at hand, so that a sequence is as many
                 half-lives long as it is in the paper; differs from corrected only below paper scale
+
+A variant is not compared with another: at laptop scale each has the learning rate at which its default model learns.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssmlens.experiments.base import Item, Request, choose, interval, mean
+from ssmlens.experiments.base import Item, Request, choose, holm
 from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance
 from ssmlens.tasks import mqar
@@ -54,7 +58,8 @@ CONFIGURATIONS = (
 @dataclass(frozen=True)
 class Scale:
     """Sizes. The longest of `lengths` is measured on, with 1/16, 1/8 and 1/4 of it as numbers of pairs, as in the paper.
-    epochs: how often the paper's schedule steps, and how often the data is gone through."""
+    steps: None for `epochs` passes over the paper's training mix with its schedule, a cosine stepped once an epoch; else so many
+    steps on fresh examples, cosine at every step. epochs: how often the data is gone through, and the early stop looked at."""
 
     lengths: tuple[int, ...]
     vocab_size: int
@@ -62,8 +67,8 @@ class Scale:
     batch_size: int
     steps: int | None  # None: `epochs` over the paper's training mix
     epochs: int
-    lr: float
-    released_lr: float  # of the released variant: its initialisation learns fastest at another rate
+    lr: dict[int, float]  # by number of layers: recall is learned only near the right one, which differs with depth
+    released_lr: dict[int, float]  # of the released variant, whose initialisation learns at other rates
     warmup_steps: int
     clip: float | None
     test_examples: int
@@ -80,37 +85,36 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale((16, 32), 32, 16, 16, 12, 2, 4e-3, 4e-3, 2, 1.0, 32, 2, ("corrected",)),
-    "laptop": Scale((8, 16, 32, 64), 64, 64, 64, 2000, 10, 1e-2, 2e-2, 100, 1.0, 500, 3, ("corrected", "released")),
-    "paper": Scale(
-        (64, 128, 256, 512, PAPER_LENGTH),
-        8192,
-        128,
-        128,
-        None,
-        64,
-        1e-3,
-        1e-3,
-        0,
-        None,
-        1000,
-        3,
-        ("corrected", "released"),
+    "smoke": Scale(
+        lengths=(16, 32), vocab_size=32, d_model=16, batch_size=16, steps=12, epochs=2, lr={2: 4e-3, 4: 4e-3},
+        released_lr={2: 4e-3, 4: 4e-3}, warmup_steps=2, clip=1.0, test_examples=32, seeds=2, variants=("corrected",),
     ),
-}
+    "laptop": Scale(
+        lengths=(8, 16, 32, 64), vocab_size=64, d_model=64, batch_size=64, steps=2000, epochs=64, lr={2: 1e-2, 4: 5e-3},
+        released_lr={2: 2e-2, 4: 1e-2}, warmup_steps=100, clip=1.0, test_examples=500, seeds=3, variants=("corrected", "released"),
+    ),
+    "paper": Scale(
+        lengths=(64, 128, 256, 512, PAPER_LENGTH), vocab_size=8192, d_model=128, batch_size=128, steps=None, epochs=64,
+        lr={2: 1e-3, 4: 1e-3}, released_lr={2: 1e-3, 4: 1e-3}, warmup_steps=0, clip=None, test_examples=1000, seeds=3, variants=("corrected", "released"),
+    ),
+}  # fmt: skip
 
 
 def data(scale: Scale, variant: str, seed: int) -> mqar.MqarConfig:
     """The task. At paper scale the training mixes are the paper's (text or released code), a finite set; below it every batch
-    is drawn afresh, as many of every length, with the same three shares of pairs (at least one): memorising plays no part."""
+    is drawn afresh, more of the shorter lengths, each with the same three shares of pairs (at least one): memorising plays no part."""
     tests = mqar.paper_test_segments(scale.length, scale.test_examples)
     if scale.steps is None:
         mix = mqar.released_mix(scale.length) if variant == "released" else mqar.paper_text_mix(scale.lengths)
     else:
         shapes = sorted({(n, max(1, n // share)) for n in scale.lengths for share in (16, 8, 4)})
-        rows = scale.steps // scale.epochs * scale.batch_size // len(scale.lengths)  # of each length, in an epoch
         per_length = {n: sum(length == n for length, _ in shapes) for n in scale.lengths}
-        mix = tuple(mqar.Segment(length=n, pairs=k, examples=rows // per_length[n]) for n, k in shapes)
+        # the shorter the more, as in the released mix: short sequences are where the association is first learned, and cheap
+        share = {n: math.sqrt(scale.length / n) for n in scale.lengths}
+        rows = scale.steps / scale.epochs * scale.batch_size / sum(share.values())
+        mix = tuple(
+            mqar.Segment(length=n, pairs=k, examples=max(1, round(rows * share[n] / per_length[n]))) for n, k in shapes
+        )
     return mqar.MqarConfig(
         vocab_size=scale.vocab_size, train=mix, test=tests, batch_size=scale.batch_size, seed=seed,
         order="released" if variant == "released" else "shuffled", on_the_fly=scale.steps is not None,
@@ -134,12 +138,12 @@ def model(scale: Scale, configuration: Configuration, variant: str) -> LanguageM
     )  # fmt: skip
 
 
-def training(scale: Scale, variant: str, seed: int, batches_per_epoch: int) -> TrainConfig:
+def training(scale: Scale, variant: str, layers: int, seed: int, batches_per_epoch: int) -> TrainConfig:
     per_epoch = batches_per_epoch if scale.steps is None else max(1, scale.steps // scale.epochs)
     released = variant == "released"
     return TrainConfig(
         steps=scale.epochs * batches_per_epoch if scale.steps is None else scale.steps,
-        lr=scale.released_lr if released else scale.lr, weight_decay=0.1, warmup_steps=scale.warmup_steps, clip=scale.clip, seed=seed,
+        lr=(scale.released_lr if released else scale.lr)[layers], weight_decay=0.1, warmup_steps=scale.warmup_steps, clip=scale.clip, seed=seed,
         schedule="cosine_epoch" if scale.steps is None else "cosine", checkpoint_every=500,
         eval_every=per_epoch if released else None,
         early_stop=0.99 if released else None, early_stop_on="released" if released else "validation",
@@ -168,7 +172,7 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
     stream = mqar.MqarStream(data(scale, variant, seed))
     torch.manual_seed(seed)
     lm = LanguageModel(model(scale, configuration, variant))
-    settings = training(scale, variant, seed, stream.batches_per_epoch)
+    settings = training(scale, variant, configuration.layers, seed, stream.batches_per_epoch)
 
     def evaluate(lm: torch.nn.Module) -> dict[str, float]:
         by_pairs = accuracy(lm, stream.test())
@@ -218,7 +222,8 @@ def record(scale_name: str, variants: tuple[str, ...], seeds: list[int], results
     def found(variant: str, c: Configuration) -> list[dict[str, Any]]:
         return [results[f"{variant}-{c.id}-seed{s}"] for s in seeds]
 
-    tables, figures, verdict = [], [], []
+    tables, figures = [], []
+    all_gains: dict[str, dict[str, Value]] = {}
     for variant in variants:
         cells = {c.id: _by_pairs(found(variant, c), scale) for c in CONFIGURATIONS}
         gains = {
@@ -226,7 +231,8 @@ def record(scale_name: str, variants: tuple[str, ...], seeds: list[int], results
         }
         tables.append(_table(variant, scale, cells, gains, found))
         figures.append(_figure(variant, scale, cells))
-        verdict += _sentences(variant, gains)
+        all_gains[variant] = gains
+    verdict = _sentences(all_gains)
     if scale_name == "smoke":
         verdict = [
             "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
@@ -255,14 +261,14 @@ def _average(run: dict[str, Any]) -> float:
 
 def _by_pairs(runs: list[dict[str, Any]], scale: Scale) -> list[Value]:
     return [
-        *(mean([100 * r["accuracy"][str(k)] for r in runs], "%") for k in scale.pairs),
-        mean([_average(r) for r in runs], "%"),
+        *(Value.mean([100 * r["accuracy"][str(k)] for r in runs], "%") for k in scale.pairs),
+        Value.mean([_average(r) for r in runs], "%"),
     ]
 
 
 def _gain(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> Value:
     """The difference of the averages, seed by seed: the same data stream, so what a seed has in common cancels."""
-    return mean([_average(r) - _average(b) for r, b in zip(runs, base, strict=True)], "points")
+    return Value.mean([_average(r) - _average(b) for r, b in zip(runs, base, strict=True)], "points")
 
 
 def _paper_gain(c: Configuration) -> float | None:
@@ -297,19 +303,27 @@ def _table(variant: str, scale: Scale, cells: dict[str, list[Value]], gains: dic
 
 
 def _method(scale: Scale, variant: str) -> str:
-    what = {
-        "corrected": "Mamba's own Δ initialisation, no weight decay on A_log, D and biases, channels at exactly 0 and 1, shuffled data",
-        "released": "Δ's bias zeroed (slowest channel starts at 0.5), weight decay on everything, -100 for the zero channel, data in "
-        "segment order, early stop at 99 % of the test set",
-        "rescaled": f"as corrected, but Δ starts in [{DT_RANGE[0] * PAPER_LENGTH / scale.length:.3g}, 0.8] instead of [0.001, 0.1]",
-    }[variant]
-    steps = (
-        f"{scale.epochs} epochs of the paper's mix" if scale.steps is None else f"{scale.steps} steps on fresh examples"
+    """Read off the configurations that are run, so that it cannot say anything else."""
+    task = data(scale, variant, 0)
+    stream = mqar.MqarStream(task)
+    settings = training(scale, variant, 2, 0, stream.batches_per_epoch)
+    rates = sorted((scale.released_lr if variant == "released" else scale.lr).items())
+    lm = model(scale, next(c for c in CONFIGURATIONS if c.id == "both-2"), variant)
+    mixer, pinned = lm.mixer_config, lm.polarization
+    start = (
+        "Δ's bias zeroed, so that Δ starts at 0.69 and the slowest ordinary channel at 0.5"
+        if mixer["initialization"] == "released"
+        else f"Δ starts log-uniform in [{mixer['dt_min']:.3g}, {mixer['dt_max']:.3g}]"
     )
+    decay = "everything" if variant == "released" else "everything but A_log, D, biases and norms"
+    examples = "fresh examples" if task.on_the_fly else f"a fixed set of {sum(s.examples for s in task.train):,} examples"
+    stop = f"; early stop above {settings.early_stop:.0%} of the test set" if settings.early_stop else ""
     return (
-        f"{what}. Trained on lengths {', '.join(map(str, scale.lengths))}, measured at {scale.length}; vocabulary {scale.vocab_size}, d_model {scale.d_model}, N = 16 (channels appended), batch "
-        f"{scale.batch_size}, {steps}, AdamW with peak learning rate {scale.released_lr if variant == 'released' else scale.lr:g}, weight decay 0.1; {scale.test_examples} test "
-        "examples for each number of pairs."
+        f"{start}; zero channel A = {pinned['zero']}; weight decay {settings.weight_decay:g} on {decay}; data {task.order}. "
+        f"Trained on lengths {', '.join(map(str, sorted({s.length for s in task.train})))} ({examples}), measured at {scale.length} on "
+        f"{scale.test_examples} examples for each number of pairs; vocabulary {scale.vocab_size}, d_model {scale.d_model}, "
+        f"N = {mixer['d_state']} (pinned channels appended), batch {scale.batch_size}, at most {settings.steps} steps of AdamW, peak learning "
+        f"rate {' and '.join(f'{rate:g} at {layers} layers' for layers, rate in rates)}, whatever is pinned{stop}."
     )
 
 
@@ -362,34 +376,39 @@ def _paper_table() -> Table:
     )  # fmt: skip
 
 
-def _sentences(variant: str, gains: dict[str, Value]) -> list[str]:
+def _sentences(gains: dict[str, dict[str, Value]]) -> list[str]:
+    """One sentence a configuration and variant. "helps" and "hurts" hold for all of them together (Holm, 5 %)."""
+    tests = {f"{v} {c}": p for v, by in gains.items() for c, g in by.items() if (p := g.p_value()) is not None}
+    adjusted = holm(tests)
     out = []
-    for c in CONFIGURATIONS:
-        if c.id not in gains:
-            continue
-        gain, paper = gains[c.id], _paper_gain(c)
-        bounds = interval(gain)
-        beside = "no number in the paper" if paper is None else f"paper, at length 1024: {paper:+.1f}"
-        name = {"both": "channels at 1 and 0"}.get(c.label, c.label)
-        if bounds is None:
-            text = f"{gain.value:+.1f} points from one seed, which says nothing about chance"
-        else:
-            sure = (
-                "helps"
-                if bounds[0] > 0
-                else "hurts"
-                if bounds[1] < 0
-                else "makes no difference that these seeds can show"
-            )
-            text = f"{gain.value:+.1f} points (95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}): {sure}"
-        out.append(f"{variant}, {c.layers} layers, {name}: {text} ({beside}).")
+    for variant, by in gains.items():
+        for c in CONFIGURATIONS:
+            if c.id not in by:
+                continue
+            gain, paper = by[c.id], _paper_gain(c)
+            bounds = gain.interval()
+            beside = "no number in the paper" if paper is None else f"paper, at length 1024: {paper:+.1f}"
+            name = {"both": "channels at 1 and 0"}.get(c.label, c.label)
+            if bounds is None:
+                text = f"{gain.value:+.1f} points from one seed, which says nothing about chance"
+            else:
+                found = adjusted[f"{variant} {c.id}"] < 0.05
+                says = ("helps" if gain.value > 0 else "hurts") if found else "no difference that these seeds can show"
+                text = f"{gain.value:+.1f} points (95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}): {says}"
+            out.append(f"{variant}, {c.layers} layers, {name}: {text} ({beside}).")
     return out
 
 
 def _notes(
     scale_name: str, scale: Scale, variants: tuple[str, ...], results: dict[str, Any], seconds: float
 ) -> list[str]:
-    notes = [f"{len(results)} runs, {seconds / 3600:.2f} core-hours of training in all."]
+    notes = [
+        f"{len(results)} runs, {seconds / 3600:.2f} core-hours of training in all.",
+        "The intervals are Student's, for each gain alone; \"helps\" and \"hurts\" are said only where they hold for all gains of this page "
+        "together (Holm's correction, 5 %).",
+        "One learning rate for all configurations of a variant and depth. Recall is known to be sensitive to it (arXiv 2508.19029), so a gain may "
+        "in part be a better match between configuration and rate.",
+    ]
     if scale_name != "paper":
         notes.append(
             f"Length {scale.length} against the paper's {PAPER_LENGTH}: with Mamba's own Δ range the slowest channels' half-life "
@@ -398,9 +417,8 @@ def _notes(
         )
     if len(variants) > 1 and scale.lr != scale.released_lr:
         notes.append(
-            f"Peak learning rate {scale.lr:g}, in the released variant {scale.released_lr:g}: with its initialisation the default model "
-            "does not get past guessing among the values in sight at the lower one, and training is unsteady at the higher one with "
-            "the corrected initialisation. Compare configurations within a variant, not variants with each other."
+            "The learning rates were chosen with the default model of each variant and depth. Compare configurations within a variant and "
+            "depth, not variants with each other."
         )
     if stopped := [name for name, r in results.items() if r["finished"] == "early_stop"]:
         notes.append(f"{len(stopped)} runs ended early, at 99 % of the test set: {', '.join(stopped)}.")

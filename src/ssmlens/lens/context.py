@@ -46,14 +46,24 @@ class Context:
         return len(self.full)
 
     def full_loss(self) -> Value:
-        return _mean(self.full, "bits/token")
+        return Value.mean(self.full, "bits/token")
 
     def at(self, width: int) -> Value:
-        return _mean(self.loss[:, self._index(width)], "bits/token")
+        return Value.mean(self.loss[:, self._index(width)], "bits/token")
 
     def cost(self, width: int) -> Value:
         """How many bits per token it costs to see only the last `width` tokens. Paired by position."""
-        return _mean(self.loss[:, self._index(width)] - self.full, "bits/token")
+        return Value.mean(self.costs(width), "bits/token")
+
+    def costs(self, width: int) -> Float[Array, " n"]:
+        """The same for every sequence."""
+        costs: Array = self.loss[:, self._index(width)] - self.full
+        return costs
+
+    @property
+    def distant(self) -> int:
+        """The width beyond which text is called distant, about an eighth of the length: far enough for a model to have lost it."""
+        return int(max(w for w in self.widths if w <= max(self.length // 8, 1)))
 
     def _index(self, width: int) -> int:
         found = np.flatnonzero(self.widths == width)
@@ -72,7 +82,7 @@ def measure(
     model: nn.Module | Subject,
     inputs: Any,
     *,
-    positions: int = 16,
+    positions: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Context:
@@ -127,11 +137,6 @@ def _bits(subject: Subject, hidden: Float[Tensor, "m d_hidden"], wanted: Int[Ten
     return bits
 
 
-def _mean(x: Float[Array, " n"], unit: str) -> Value:
-    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
-    return Value(value=float(x.mean()), stderr=error, n=len(x), unit=unit)
-
-
 def figures(results: Sequence[Context]) -> list[Figure]:
     kept, positions = [], []
     for r in results:
@@ -151,7 +156,7 @@ def figures(results: Sequence[Context]) -> list[Figure]:
             Series(name=f"{r.name}: everything", x=ends, y=[r.full_loss().value] * 2, style="fit", group=r.name)
         )
         edges = _bins(r.length - 1)
-        binned = [_mean(r.by_position[:, a:b].mean(1), "") for a, b in pairwise(edges)]
+        binned = [Value.mean(r.by_position[:, a:b].mean(1)) for a, b in pairwise(edges)]
         stderr = [v.stderr for v in binned if v.stderr is not None]
         centres = [(a + b - 1) / 2 + 1 for a, b in pairwise(edges)]
         positions.append(
@@ -162,7 +167,7 @@ def figures(results: Sequence[Context]) -> list[Figure]:
             id="loss-by-context", title="What the distant context is worth", x_label="last tokens that the model sees",
             y_label="loss (bits per token)", x_scale="log", series=kept, method=_method(results[0]),
             meaning="Loss at the same positions when all but the last tokens are taken away; thin line: nothing taken away. Where a curve has "
-            "reached its thin line, the model gains nothing from more distant tokens.",
+            "reached its thin line, no gain from more distant tokens can be seen.",
         ),
         Figure(
             id="loss-by-position", title="Loss by position", x_label="tokens seen so far", y_label="loss (bits per token)", x_scale="log",
@@ -190,7 +195,8 @@ def table(results: Sequence[Context]) -> Table:
     rows: list[list[Cell]] = [[r.name, r.full_loss(), *(r.cost(w) for w in widths)] for r in results]
     return Table(
         id="context", title="Loss with the whole context, and what cutting it costs", columns=columns, rows=rows, method=_method(results[0]),
-        meaning="Extra bits per token when the model sees only the last tokens; 0 within its error: what lies further back is not used.",
+        meaning="Extra bits per token when the model sees only the last tokens. 0 within its error: what lies further back is worth no more "
+        "than that error.",
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     log score(d) = intercept - κ d + residual,    half-life = ln 2 / κ  tokens
 
-Pure numpy; knows nothing of models. Legend: n sequences, D distances (0 .. D-1, in tokens), R resamples.
+Pure numpy and scipy; knows nothing of models. Legend: n sequences, D distances (0 .. D-1, in tokens), R resamples.
 
 Residuals at neighbouring distances are alike (they share tokens, and a real curve bends), so the textbook standard error of a
 least-squares slope is several times too small. Two honest ones are computed:
@@ -17,10 +17,12 @@ second's critical value; for n = 1 only the second exists, and it speaks of that
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float
+
+from ssmlens.results import Value
 
 ENOUGH_SEQUENCES = 5
 RESAMPLES = 1000
@@ -32,6 +34,7 @@ Array = np.ndarray
 class Fit:
     """κ̂ per token with its 95 % interval [low, high]; the line is exp(intercept - kappa d), fitted at `n_points` distances in [first, last].
 
+    n: sequences. resampled: κ̂ of every bootstrap resample of them (None for one sequence), for `difference`.
     r2: share of the variance of log score that the line explains. r2_power: the same for a power law d^-p over the same points;
     where it is clearly larger, the decay has no single half-life."""
 
@@ -46,6 +49,8 @@ class Fit:
     last: int
     n_points: int
     how: str
+    n: int
+    resampled: Float[Array, " R"] | None = field(default=None, repr=False, compare=False)
 
     @property
     def half_life(self) -> float:
@@ -64,6 +69,21 @@ class Fit:
 
     def line(self, distances: Float[Array, " m"]) -> Float[Array, " m"]:
         return np.exp(self.intercept - self.kappa * np.asarray(distances, dtype=float))
+
+
+def difference(one: Fit, other: Fit, *, paired: bool) -> Value:
+    """κ̂ of `one` minus κ̂ of `other`.
+
+    paired: both read the same sequences, so that resample r drew the same ones for both (the same `seed`), and the difference has
+    replicates of its own, free of what the sequences do to both. Otherwise the errors add, with the degrees of freedom of the smaller."""
+    kappa, n = one.kappa - other.kappa, min(one.n, other.n)
+    if n < 2:
+        error = None
+    elif paired and one.resampled is not None and other.resampled is not None:
+        error = float(spread(one.resampled - other.resampled, n))
+    else:
+        error = math.hypot(one.stderr, other.stderr)
+    return Value(value=kappa, stderr=error, n=n, unit="1/token")
 
 
 def half_life(kappa: float) -> float:
@@ -112,7 +132,7 @@ def fit_decay(
     intercept = float(y.mean() - slope * x.mean())
     residual = y - intercept - slope * x
     along, along_critical = _along(x, residual)
-    between = math.nan
+    between, slopes = math.nan, None
     if n >= 2:
         curves = resampled_curves(squares, counts, resampling_weights(n, seed))[:, used]
         # a resample in which a distance is exactly zero has no logarithm there: leave it at the floor of what was measured
@@ -133,6 +153,7 @@ def fit_decay(
         kappa=-slope, stderr=stderr, low=-slope - critical * stderr, high=-slope + critical * stderr,
         intercept=intercept, r2=_r2(y, residual), r2_power=_power_law_r2(x, y),
         first=int(x[0]), last=int(x[-1]), n_points=len(x), how=how,
+        n=n, resampled=None if slopes is None else -slopes,
     )  # fmt: skip
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ssmlens import results
 from ssmlens.errors import UserError, nearest
-from ssmlens.lens import context, influence, smoothing, transitions
+from ssmlens.lens import comparison, context, influence, smoothing, transitions
 from ssmlens.lens.context import Context
 from ssmlens.lens.influence import Influence
 from ssmlens.lens.progress import Bars, Progress, Silent
@@ -36,12 +37,13 @@ Models = nn.Module | Subject | Sequence[nn.Module | Subject] | Mapping[str, nn.M
 
 @dataclass(eq=False)
 class Diagnosis:
-    """Results by model name, in the order in which the models were given. missing: what was asked for and not finished;
+    """Results by model name, in the order in which the models were given; inputs: the tokens that each read. missing: what was asked for and not finished;
     skipped: what does not apply to a model, and why."""
 
     subjects: list[Subject]
     config: dict[str, Any]
     seed: int
+    inputs: dict[str, Tensor] = field(repr=False)
     influence: dict[str, Influence] = field(default_factory=dict)
     context: dict[str, Context] = field(default_factory=dict)
     smoothing: dict[str, Smoothing] = field(default_factory=dict)
@@ -61,6 +63,10 @@ class Diagnosis:
         trained = [s.name for s in self.subjects if s.name in done and s.name not in self.initial_of]
         pairs = [(trained[0], other) for other in trained[1:]]
         return pairs + [(initial, of) for initial, of in self.initial_of.items() if initial in done and of in done]
+
+    def paired(self, a: str, b: str) -> bool:
+        """Whether both read the same sequences, so that they can be compared sequence by sequence."""
+        return torch.equal(self.inputs[a].cpu(), self.inputs[b].cpu())
 
     def figures(self) -> list[Figure]:
         found: list[Figure] = []
@@ -87,12 +93,19 @@ class Diagnosis:
             found.append(smoothing.table(_list(self.smoothing)))
         if self.transitions:
             found.append(transitions.table(_list(self.transitions)))
+        if compared := comparison.comparisons(self):
+            found.append(comparison.table(compared))
         return [*found, _models_table(self.subjects)]
 
     def record(self) -> Record:
+        notes = [*self.notes, *self.skipped]
+        if len(self.subjects) - len(self.initial_of) > 1:
+            notes.append(
+                "Errors are over text: another text would give other numbers. Two trainings of the same configuration would differ too."
+            )
         return Record(
             kind="diagnosis", title=self.title, verdict=verdict(self), tables=self.tables(), figures=self.figures(),
-            notes=[*self.notes, *self.skipped], config=self.config, seeds=[self.seed], complete=self.complete,
+            notes=notes, config=self.config, seeds=[self.seed], complete=self.complete,
             provenance=results.provenance(str(self.subjects[0].device)),
         )  # fmt: skip
 
@@ -111,8 +124,8 @@ class Diagnosis:
                 look |= {"linestyle": "--", "linewidth": 1} if s.style == "fit" else {}
                 axes.plot(s.x, s.y, color=colour, label=s.name, **look)
                 if s.stderr is not None:
-                    low = [y - 2 * e for y, e in zip(s.y, s.stderr, strict=True)]
-                    high = [y + 2 * e for y, e in zip(s.y, s.stderr, strict=True)]
+                    low = [y - e for y, e in zip(s.y, s.stderr, strict=True)]
+                    high = [y + e for y, e in zip(s.y, s.stderr, strict=True)]
                     axes.fill_between(s.x, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.set(xlabel=figure.x_label, ylabel=figure.y_label, xscale=figure.x_scale, yscale=figure.y_scale)
             axes.set_title(figure.title, fontsize="medium")
@@ -159,7 +172,7 @@ def diagnose(
             subjects.append(fresh)
             initial_of[fresh.name], given[fresh.name] = subject.name, given[subject.name]
     d = Diagnosis(
-        subjects, {}, seed, initial_of=initial_of, title=title or f"Diagnosis of {', '.join(s.name for s in subjects if s.name not in initial_of)}",
+        subjects, {}, seed, given, initial_of=initial_of, title=title or f"Diagnosis of {', '.join(s.name for s in subjects if s.name not in initial_of)}",
         notes=list(notes),
     )  # fmt: skip
     d.config = {
@@ -203,9 +216,9 @@ def diagnose(
 
 
 def _applies(d: Diagnosis, name: str, subject: Subject) -> bool:
-    """Whether a measure means something for a model; if not, the record says why."""
+    """Whether a measure means something for a model; if not, or not for all of its layers, the record says why."""
     why = None
-    if name == "transitions" and not subject.has_coefficients:
+    if name == "transitions" and not subject.recurrent:
         why = "it does not show its transitions"
     elif name == "context" and not subject.has_head:
         why = "it has no head"
@@ -213,6 +226,10 @@ def _applies(d: Diagnosis, name: str, subject: Subject) -> bool:
         why = "its blocks were not found"
     if why:
         d.skipped.append(f"{subject.name}: {name} was not measured, because {why}.")
+    elif name in ("smoothing", "transitions") and 0 < len(subject.recurrent) < len(subject.blocks):
+        what = "transitions were" if name == "transitions" else "sharpness of inputs and memories was"
+        layers = ", ".join(str(index + 1) for index in subject.recurrent)
+        d.skipped.append(f"{subject.name}: {what} measured in layers {layers}; the others have no diagonal transition.")
     return why is None
 
 
@@ -248,7 +265,7 @@ def _models_table(subjects: Sequence[Subject]) -> Table:
     for s in subjects:
         config = getattr(s.model, "config", None)
         polarization = getattr(config, "polarization", None)
-        mixer = next((type(m).__name__ for m in s.mixers if m is not None), None)
+        mixer = ", ".join(dict.fromkeys(type(m).__name__ for m in s.mixers if m is not None)) or None
         pinned = "none"
         if isinstance(polarization, Mapping):
             pinned = (

@@ -104,8 +104,8 @@ def _of_rows(z: Float[Tensor, "m width"], length: int) -> Sharpness:
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """distance[stream][i, l] and norm[stream][i, l]: E and mean norm of sequence i at layer l; streams as in STREAMS, those that the
-    model shows. sampling_error: of E, from drawing tokens."""
+    """distance[stream][i, l] and norm[stream][i, l]: E and mean norm of sequence i at layer layers[stream][l] (counted from 1); streams
+    as in STREAMS, those that the model shows (b and h: only where a layer is recurrent). sampling_error: of E, from drawing tokens."""
 
     name: str
     length: int
@@ -113,6 +113,7 @@ class Smoothing:
     distance: dict[str, Float[Array, "n layers"]]
     norm: dict[str, Float[Array, "n layers"]]
     sampling_error: dict[str, Float[Array, "n layers"]] = field(repr=False)
+    layers: dict[str, list[int]] = field(repr=False)
 
     @property
     def n_sequences(self) -> int:
@@ -130,35 +131,45 @@ class Smoothing:
     def relative(self, stream: str) -> list[Value]:
         """E over mean norm per layer, mean over sequences."""
         norm = np.where(self.norm[stream] > 0, self.norm[stream], 1.0)
-        return self._values(self.distance[stream] / norm, self.sampling_error[stream] / norm)
+        return self._values(self.relative_by_sequence(stream), self.sampling_error[stream] / norm)
+
+    def relative_by_sequence(self, stream: str) -> Float[Array, "n layers"]:
+        return self.distance[stream] / np.where(self.norm[stream] > 0, self.norm[stream], 1.0)
 
     def _values(self, x: Float[Array, "n layers"], drawing: Float[Array, "n layers"]) -> list[Value]:
-        n = len(x)
-        if n > 1:
-            errors = x.std(0, ddof=1) / math.sqrt(n)
-            return [Value(value=float(v), stderr=float(e), n=n) for v, e in zip(x.mean(0), errors, strict=True)]
+        if len(x) > 1:
+            return [Value.mean(layer) for layer in x.T]
         return [
             Value(value=float(v), stderr=float(e) if e else None, n=1) for v, e in zip(x[0], drawing[0], strict=True)
         ]
 
-    def change_over_depth(self, stream: str = "block") -> Value:
-        """Relative sharpness after the last layer over that after the first; below one: depth blurs. Paired by sequence."""
-        norm = np.where(self.norm[stream] > 0, self.norm[stream], 1.0)
-        x = self.distance[stream] / norm
-        ratio = x[:, -1] / x[:, 0]
-        error = float(ratio.std(ddof=1) / math.sqrt(len(ratio))) if len(ratio) > 1 else None
-        return Value(value=float(ratio.mean()), stderr=error, n=len(ratio))
+    def change_by_sequence(self) -> Float[Array, " n"]:
+        """Relative sharpness of block outputs after the last layer over that after the first, per sequence."""
+        x = self.relative_by_sequence("block")
+        return np.divide(x[:, -1], x[:, 0], out=np.ones(len(x)), where=x[:, 0] > 0)
 
-    def memories_smoother(self) -> tuple[int, int] | None:
-        """In how many layers memories h_t are smoother than inputs b_t: by E itself, and relative to the norms. None without coefficients.
+    def change_over_depth(self) -> Value:
+        """Its mean: below one, depth blurs."""
+        return Value.mean(self.change_by_sequence())
+
+    def memories_smoother(self) -> tuple[int, int, int] | None:
+        """In how many layers memories h_t are clearly smoother than inputs b_t (the 95 % interval of the difference, paired by sequence, lies
+        below zero): by E itself, and relative to the norms; and of how many. None without coefficients, or with one sequence.
 
         By E it is nearly always so in a trained Mamba (the paper: in all), but h_t carries a factor Δ_t that b_t lacks and is simply
         smaller; the relative count has no such head start."""
-        if "b" not in self.distance:
+        if "b" not in self.distance or self.n_sequences < 2:
             return None
-        absolute = sum(h.value < b.value for b, h in zip(self.absolute("b"), self.absolute("h"), strict=True))
-        relative = sum(h.value < b.value for b, h in zip(self.relative("b"), self.relative("h"), strict=True))
-        return absolute, relative
+
+        def count(b: Float[Array, "n layers"], h: Float[Array, "n layers"]) -> int:
+            intervals = [Value.mean(layer).interval() for layer in (h - b).T]
+            return sum(interval is not None and interval[1] < 0 for interval in intervals)
+
+        return (
+            count(self.distance["b"], self.distance["h"]),
+            count(self.relative_by_sequence("b"), self.relative_by_sequence("h")),
+            len(self.layers["b"]),
+        )
 
     def figures(self) -> list[Figure]:
         return figures([self])
@@ -178,13 +189,13 @@ def measure(
 ) -> Smoothing:
     """Sharpness at every depth of a model, over the sequences of `inputs` (sequences, length).
 
-    states: also b_t and h_t of every layer, where the model shows its coefficients; they are the costly part.
+    states: also b_t and h_t of every recurrent layer; they are the costly part.
     Memory: of one sequence, min(length, exact_up_to) states of one layer. Raises UserError for bad tokens, NaN, or a model without blocks."""
     subject = Subject.of(model)
     progress = progress or Silent()
     tokens = subject.tokens(inputs)
     n, length = tokens.shape
-    states = states and subject.has_coefficients
+    recurrent = subject.recurrent if states else []
     found: dict[str, dict[tuple[int, int], Sharpness]] = {}
     rows = _rows(length, exact_up_to, seed)
     progress.begin(f"{subject.name}: sharpness", n * len(subject.blocks))
@@ -193,7 +204,7 @@ def measure(
 
         def visit(seen: BlockPass, i: int = i) -> None:
             streams: dict[str, Tensor | None] = {"mixer": seen.y, "block": seen.out}
-            if states:
+            if seen.index in recurrent:
                 streams["b"], streams["h"] = _states(seen, rows)
             for stream, z in streams.items():
                 if z is None:
@@ -205,17 +216,19 @@ def measure(
 
         subject.walk(tokens[i : i + 1], visit)
 
-    def grid(stream: str, what: str) -> Array:
-        return np.array(
-            [[getattr(found[stream][i, layer], what) for layer in range(len(subject.blocks))] for i in range(n)]
-        )
+    streams = [stream for stream in STREAMS if stream in found]
+    layers = {stream: sorted({layer for _, layer in found[stream]}) for stream in streams}
 
-    streams = [s for s in STREAMS if s in found]
+    def grid(what: str) -> dict[str, Array]:
+        return {
+            stream: np.array([[getattr(found[stream][i, layer], what) for layer in layers[stream]] for i in range(n)])
+            for stream in streams
+        }
+
     return Smoothing(
         name=subject.name, length=length, tokens=length if rows is None else len(rows),
-        distance={s: grid(s, "mean_distance") for s in streams},
-        norm={s: grid(s, "mean_norm") for s in streams},
-        sampling_error={s: grid(s, "sampling_error") for s in streams},
+        distance=grid("mean_distance"), norm=grid("mean_norm"), sampling_error=grid("sampling_error"),
+        layers={stream: [layer + 1 for layer in layers[stream]] for stream in streams},
     )  # fmt: skip
 
 
@@ -227,10 +240,10 @@ def _states(seen: BlockPass, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     for start in range(0, coefficients.length, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, coefficients.length))
         a, u = coefficients.a_at(chunk), coefficients.u_at(chunk)
-        b = coefficients.b_at(chunk)
+        b = u if coefficients.b_at is None else coefficients.b_at(chunk)
         here = wanted[(wanted >= start) & (wanted < chunk.stop)] - start
         states, h = linear_scan(a, u, h0=h, return_final_state=True)
-        inputs.append((u if b is None else b)[:, here.to(u.device)])
+        inputs.append(b[:, here.to(u.device)])
         memories.append(states[:, here.to(u.device)])
     return torch.cat(inputs, 1), torch.cat(memories, 1)
 
@@ -269,7 +282,7 @@ def _series(r: Smoothing, stream: str, name: str, style: Any = "line") -> Series
     values = r.relative(stream)
     errors = [v.stderr for v in values]
     stderr = [float(e) for e in errors if e is not None] if all(e is not None for e in errors) else None
-    depth = [float(layer) for layer in range(1, r.n_layers + 1)]
+    depth = [float(layer) for layer in r.layers[stream]]
     return Series(name=name, x=depth, y=[v.value for v in values], stderr=stderr, group=r.name, style=style)
 
 
@@ -291,12 +304,15 @@ def table(results: Sequence[Smoothing]) -> Table:
         )
     rows: list[list[Cell]] = []
     for r in results:
-        for layer in range(r.n_layers):
+        measured = {
+            stream: dict(zip(layers, zip(r.absolute(stream), r.relative(stream), strict=True), strict=True))
+            for stream, layers in r.layers.items()
+        }
+        for layer in r.layers["block"]:
             cells: list[Cell] = []
             for stream in STREAMS:
-                shown = stream in r.distance
-                cells += [r.absolute(stream)[layer], r.relative(stream)[layer]] if shown else [None, None]
-            rows.append([r.name, layer + 1, *cells])
+                cells += measured.get(stream, {}).get(layer, (None, None))
+            rows.append([r.name, layer, *cells])
     return Table(
         id="sharpness", title="Sharpness by depth", columns=columns, rows=rows,
         meaning="How far two tokens of a sequence lie apart, on average, in every layer.", method=_method(results[0]),

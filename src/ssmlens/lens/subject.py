@@ -71,9 +71,13 @@ class Subject:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
-    def has_coefficients(self) -> bool:
-        """Whether every block says its own a_t, Δ_t b_t and h_t."""
-        return bool(self.mixers) and all(hasattr(mixer, "coefficients") for mixer in self.mixers)
+    def recurrent(self) -> list[int]:
+        """Indices of the blocks that say their own a_t, Δ_t b_t and h_t. Attention and other transitions that are not diagonal do not."""
+        return [
+            index
+            for index, mixer in enumerate(self.mixers)
+            if hasattr(mixer, "coefficients") and getattr(mixer, "diagonal", True)
+        ]
 
     @property
     def has_head(self) -> bool:

@@ -1,11 +1,13 @@
 """Transitions: what a layer's a_t are on real input, how far they move, how long they remember (SPEC §3, the paper's Figure 6).
 
     range of a state channel on a sequence      max_t a_t - min_t a_t          0: it decays the same whatever it reads
-    memory half-life of a state channel         ln 2 / -ln(median_t a_t)       tokens; infinite at a = 1, 0 at a = 0
+    what it keeps of the first token            Π_{t=2..T} a_t
+    its memory half-life                        ln 2 (T-1) / -Σ_{t=2..T} ln a_t         tokens; infinite at a = 1, 0 at a = 0
 
-Of a complex a the modulus is taken. State channels that polarization holds at one or zero are counted, and left out of everything that is
-said about learned ones. Nothing larger than one sequence's a of a single layer at `_KEPT` tokens is held in memory: extremes and
-histogram are taken chunk by chunk over all tokens, the median over at most that many, evenly spaced.
+The half-life is that of the constant transition that would keep as much; one token at a = 0 empties a channel, whatever the others are.
+a_1 multiplies h_0 = 0 and is left out of the product. Of a complex a the modulus is taken. State channels that polarization holds at one
+or zero are counted, and left out of everything that is said about learned ones. Layers without a diagonal transition (attention) are
+left out. Nothing larger than a chunk of one sequence's a of a single layer is held in memory.
 """
 
 import math
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from ssmlens.errors import UserError
 from ssmlens.lens.progress import Progress, Silent
@@ -27,7 +29,6 @@ Array = np.ndarray
 BINS = 50
 THRESHOLDS = np.linspace(0, 1, 101)
 _CHUNK = 64
-_KEPT = 1024
 _HORIZONS: tuple[tuple[float, str, Literal["line", "fit"]], ...] = (
     (0.5, "median channel", "line"),
     (0.9, "slowest tenth begins", "fit"),
@@ -36,12 +37,14 @@ _HORIZONS: tuple[tuple[float, str, Literal["line", "fit"]], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's state channels (flattened to F) on n sequences. low, high, median: of a over the tokens of each sequence.
+    """One layer's state channels (flattened to F) on n sequences. low, high: of a over the tokens of each sequence.
+    logsum: Σ ln a over all tokens but the first, `steps` of them: the logarithm of what is left of the first token at the last.
     histogram: how many (token, learned channel) have a in each of BINS equal bins of [0, 1]. ones, zeros: which are pinned."""
 
     low: Float[Array, "n F"]
     high: Float[Array, "n F"]
-    median: Float[Array, "n F"]
+    logsum: Float[Array, "n F"]
+    steps: int
     histogram: Int[Array, "n bins"]
     ones: Bool[Array, " F"]
     zeros: Bool[Array, " F"]
@@ -57,20 +60,28 @@ class Layer:
     @property
     def half_lives(self) -> Float[Array, "n learned"]:
         """Tokens, per sequence and learned state channel."""
-        return half_life(self.median[:, self.learned])
+        return half_life(self.logsum[:, self.learned], self.steps)
+
+    @property
+    def remembers(self) -> Bool[Array, "n learned"]:
+        """Whether at least half of the first token is left at the last."""
+        return self.logsum[:, self.learned] >= math.log(0.5)
 
 
-def half_life(a: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Tokens until a state under a constant transition a has halved: 0 at a = 0, infinite from a = 1 on."""
-    a = np.asarray(a, dtype=float)
-    inside = np.clip(a, 1e-300, 1 - 1e-16)
-    return np.where(a >= 1, math.inf, np.where(a <= 0, 0.0, math.log(2) / -np.log(inside)))
+def half_life(logsum: Float[Array, "..."], steps: int) -> Float[Array, "..."]:
+    """Tokens until a state has halved under the mean rate of `steps` transitions whose logarithms sum to `logsum`: 0 where one of them
+    is zero (-inf), infinite where nothing is lost."""
+    rate = -np.asarray(logsum, dtype=float) / steps
+    return np.divide(math.log(2), rate, out=np.full_like(rate, math.inf), where=rate > 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Transitions:
+    """numbers[i]: which layer of the model layers[i] is, counted from 1 (those without a diagonal transition are not among them)."""
+
     name: str
     length: int
+    numbers: list[int]
     layers: list[Layer] = field(repr=False)
 
     @property
@@ -80,17 +91,20 @@ class Transitions:
     def share_below(self, threshold: float, layer: int | None = None) -> Value:
         """Share of learned state channels whose range on a sequence is at most `threshold`, with its standard error over sequences."""
         ranges = self._pooled("ranges", layer)
-        return _mean((ranges <= threshold).mean(1), self.n_sequences)
+        return Value.mean((ranges <= threshold).mean(1))
 
     def half_life_quantile(self, quantile: float, layer: int | None = None) -> Value:
         """A quantile of the memory half-life over learned state channels, tokens."""
         lives = self._pooled("half_lives", layer)
         # "higher" picks an existing value: interpolating with an infinite neighbour would give NaN
-        return _mean(np.quantile(lives, quantile, axis=1, method="higher"), self.n_sequences, "tokens")
+        found = np.quantile(lives, quantile, axis=1, method="higher")
+        if not np.isfinite(found).all():
+            return Value(value=math.inf, n=self.n_sequences, unit="tokens")
+        return Value.mean(found, "tokens")
 
-    def share_remembering(self, tokens: int, layer: int | None = None) -> Value:
-        """Share of learned state channels whose half-life is at least that many tokens."""
-        return _mean((self._pooled("half_lives", layer) >= tokens).mean(1), self.n_sequences)
+    def share_remembering(self, layer: int | None = None) -> Value:
+        """Share of learned state channels that at the last token hold at least half of what the first one wrote."""
+        return Value.mean(self._pooled("remembers", layer).mean(1))
 
     def pinned(self) -> tuple[int, int, int]:
         """How many state channels of the whole model are held at one, at zero, and how many there are."""
@@ -100,7 +114,8 @@ class Transitions:
             sum(len(layer.ones) for layer in self.layers),
         )
 
-    def _pooled(self, what: str, layer: int | None) -> Float[Array, "n channels"]:
+    def _pooled(self, what: Literal["ranges", "half_lives", "remembers"], layer: int | None) -> Array:
+        """(sequences, learned state channels) of one layer (an index into `layers`) or of all."""
         layers = self.layers if layer is None else [self.layers[layer]]
         pooled = np.concatenate([getattr(one, what) for one in layers], axis=1)
         if not pooled.shape[1]:
@@ -115,25 +130,26 @@ class Transitions:
 
 
 def measure(model: nn.Module | Subject, inputs: Any, *, progress: Progress | None = None) -> Transitions:
-    """The transitions of every layer on the sequences of `inputs` (sequences, length).
+    """The transitions of every recurrent layer on the sequences of `inputs` (sequences, length).
 
-    Raises UserError for bad tokens and for a model that does not show its coefficients (attention has no transitions)."""
+    Raises UserError for bad tokens and for a model that shows no coefficients (attention has no transitions)."""
     subject = Subject.of(model)
-    if not subject.has_coefficients:
+    if not subject.recurrent:
         raise UserError(f"{subject.name} does not show its transitions: only ssmlens' own recurrent models do")
     progress = progress or Silent()
     tokens = subject.tokens(inputs)
     n, length = tokens.shape
-    found: list[list[Layer]] = [[] for _ in subject.blocks]
+    found: dict[int, list[Layer]] = {index: [] for index in subject.recurrent}
     progress.begin(f"{subject.name}: transitions", n * len(found))
 
     def visit(seen: BlockPass) -> None:
-        found[seen.index].append(_layer(seen.mixer.coefficients(seen.x)))
-        progress.step()
+        if seen.index in found:
+            found[seen.index].append(_layer(seen.mixer.coefficients(seen.x)))
+            progress.step()
 
     for i in range(n):
         subject.walk(tokens[i : i + 1], visit)
-    return Transitions(subject.name, length, [_joined(layers) for layers in found])
+    return Transitions(subject.name, length, [i + 1 for i in found], [_joined(layers) for layers in found.values()])
 
 
 def _layer(coefficients: Any) -> Layer:
@@ -141,44 +157,40 @@ def _layer(coefficients: Any) -> Layer:
     length = coefficients.length
     ones, zeros = (mask.cpu().flatten() for mask in (coefficients.ones, coefficients.zeros))
     learned = ~(ones | zeros)
-    stride = max(1, math.ceil(length / _KEPT))
-    low = high = None
-    kept: list[Tensor] = []
+    low = high = logsum = None
     counts = torch.zeros(BINS)
     for start in range(0, length, _CHUNK):
         a = coefficients.a_at(slice(start, min(start + _CHUNK, length)))[0]
         a = (a.abs() if a.is_complex() else a).flatten(1).float().cpu()
+        kept = a[1 if start == 0 else 0 :].abs().double().log().sum(0)
         low = a.amin(0) if low is None else torch.minimum(low, a.amin(0))
         high = a.amax(0) if high is None else torch.maximum(high, a.amax(0))
+        logsum = kept if logsum is None else logsum + kept
         counts += torch.histc(a[:, learned], BINS, 0, 1)
-        kept.append(a[-start % stride :: stride])
     assert low is not None
     assert high is not None
+    assert logsum is not None
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise UserError("the model's transitions hold NaN or infinity on these inputs")
-    median = torch.cat(kept).median(0).values
     return Layer(
-        low.double().numpy()[None], high.double().numpy()[None], median.double().numpy()[None],
+        low.double().numpy()[None], high.double().numpy()[None], logsum.numpy()[None], length - 1,
         counts.long().numpy()[None], ones.numpy(), zeros.numpy(),
     )  # fmt: skip
 
 
 def _joined(layers: list[Layer]) -> Layer:
     stacked = {
-        name: np.concatenate([getattr(one, name) for one in layers]) for name in ("low", "high", "median", "histogram")
+        name: np.concatenate([getattr(one, name) for one in layers]) for name in ("low", "high", "logsum", "histogram")
     }
-    return Layer(**stacked, ones=layers[0].ones, zeros=layers[0].zeros)
-
-
-def _mean(x: Float[Array, " n"], n: int, unit: str = "") -> Value:
-    finite = bool(np.isfinite(x).all())
-    error = float(x.std(ddof=1) / math.sqrt(n)) if n > 1 and finite else None
-    return Value(value=float(x.mean()) if finite else math.inf, stderr=error, n=n, unit=unit)
+    return Layer(**stacked, steps=layers[0].steps, ones=layers[0].ones, zeros=layers[0].zeros)
 
 
 def figures(results: Sequence[Transitions]) -> list[Figure]:
     """The cumulative histogram of ranges (the paper's Figure 6), the histogram of a, and the memory horizon by layer."""
     ranges, histograms, horizons = [], [], []
+    results = [r for r in results if any(layer.learned.any() for layer in r.layers)]
+    if not results:
+        return []
     for r in results:
         below = [r.share_below(float(t)) for t in THRESHOLDS]
         errors = [v.stderr for v in below if v.stderr is not None]
@@ -196,10 +208,10 @@ def figures(results: Sequence[Transitions]) -> list[Figure]:
         histograms.append(
             Series(name=r.name, x=centres.tolist(), y=(counts / counts.sum()).tolist(), style="step", group=r.name)
         )
-        depth = [float(layer + 1) for layer in range(len(r.layers))]
+        learning = [i for i, layer in enumerate(r.layers) if layer.learned.any()]
         for quantile, label, style in _HORIZONS:
-            lives = [r.half_life_quantile(quantile, layer) for layer in range(len(r.layers))]
-            shown = [(x, v) for x, v in zip(depth, lives, strict=True) if 0 < v.value < math.inf]
+            lives = [(float(r.numbers[i]), r.half_life_quantile(quantile, i)) for i in learning]
+            shown = [(x, v) for x, v in lives if 0 < v.value < math.inf]
             if shown:
                 horizons.append(
                     Series(
@@ -233,7 +245,7 @@ def figures(results: Sequence[Transitions]) -> list[Figure]:
                 y_scale="log",
                 series=horizons,
                 method=method,
-                meaning="Tokens until what a state channel holds has halved, at its median transition.",
+                meaning="Tokens until what a state channel holds has halved, at the mean rate at which it lost the first token of a sequence.",
             )
         )
     return made
@@ -244,22 +256,27 @@ def table(results: Sequence[Transitions]) -> Table:
         Column(name="model"), Column(name="layer"), Column(name="state channels", meaning="inner channels × state channels of each"),
         Column(name="held at one"), Column(name="held at zero"),
         Column(name="largest a of those at zero", meaning="0 where they are held exactly"),
-        Column(name="median a", meaning="over learned state channels, of their median over tokens"),
         Column(name="median range", meaning="max a - min a over the tokens of a sequence"),
         Column(name="range ≤ 0.5", meaning="share of learned state channels"),
         Column(name="half-life, median channel", unit="tokens"), Column(name="half-life, slowest tenth", unit="tokens"),
-        Column(name="half-life ≥ length", meaning="share of learned state channels that could remember the whole sequence"),
+        Column(name="remember the sequence", meaning="share of learned state channels that hold half of the first token at the last"),
     ]  # fmt: skip
     rows: list[list[Cell]] = []
     for r in results:
         for i, layer in enumerate(r.layers):
             zero = float(layer.high[:, layer.zeros].max()) if layer.zeros.any() else None
-            row: list[Cell] = [r.name, i + 1, len(layer.ones), int(layer.ones.sum()), int(layer.zeros.sum()), zero]
+            row: list[Cell] = [
+                r.name,
+                r.numbers[i],
+                len(layer.ones),
+                int(layer.ones.sum()),
+                int(layer.zeros.sum()),
+                zero,
+            ]
             if layer.learned.any():
                 row += [
-                    _mean(np.median(layer.median[:, layer.learned], axis=1), r.n_sequences),
-                    _mean(np.median(layer.ranges, axis=1), r.n_sequences), r.share_below(0.5, i),
-                    r.half_life_quantile(0.5, i), r.half_life_quantile(0.9, i), r.share_remembering(r.length, i),
+                    Value.mean(np.median(layer.ranges, axis=1)), r.share_below(0.5, i),
+                    r.half_life_quantile(0.5, i), r.half_life_quantile(0.9, i), r.share_remembering(i),
                 ]  # fmt: skip
             rows.append(row + [None] * (len(columns) - len(row)))
     return Table(
@@ -271,5 +288,6 @@ def table(results: Sequence[Transitions]) -> Table:
 def _method(r: Transitions) -> str:
     return (
         f"a_t of every state channel on {r.n_sequences} sequences of {r.length} tokens, at the scan's own input; extremes over all tokens of "
-        "a sequence; half-life at the median over tokens; mean over sequences with its standard error. Pinned channels are left out."
+        "a sequence; half-life ln 2 (T-1) / -Σ ln a_t from what the product of a_t leaves of the first token; mean over sequences with its "
+        "standard error. Pinned channels are left out."
     )

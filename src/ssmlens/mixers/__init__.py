@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from ssmlens.configuration import Config
 from ssmlens.errors import UserError, nearest
-from ssmlens.mixers.base import Mixer
+from ssmlens.mixers.base import Mixer, MixerConfig
 from ssmlens.mixers.mamba import Mamba, MambaConfig
 from ssmlens.polarization import Polarization
 
-__all__ = ["Mamba", "MambaConfig", "Mixer", "build", "configure", "names", "register"]
+__all__ = ["Mamba", "MambaConfig", "Mixer", "MixerConfig", "build", "configure", "names", "register"]
 
 _REGISTRY: dict[str, type[Mixer]] = {}
 
@@ -27,7 +26,7 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def configure(name: str, config: dict[str, Any]) -> Config:
+def configure(name: str, config: dict[str, Any]) -> MixerConfig:
     """The validated configuration of the mixer `name`. Raises UserError naming an unknown mixer or key and the nearest known."""
     if name not in _REGISTRY:
         raise UserError(f"unknown mixer {name!r}{nearest(name, names())} (known: {', '.join(names())})")

@@ -5,11 +5,19 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from ssmlens.configuration import Config
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
+
+
+class MixerConfig(Config):
+    """What every mixer's configuration has. n_residuals: how many blocks write into the residual stream of the model; an output
+    projection starts smaller by its square root."""
+
+    n_residuals: int = Field(default=1, ge=1)
 
 
 class Mixer(nn.Module, ABC):
@@ -19,9 +27,10 @@ class Mixer(nn.Module, ABC):
     the mixer likes (a NamedTuple of tensors whose first dimension is the batch), None at the beginning of a sequence.
     """
 
-    config_class: ClassVar[type[Config]]
+    config_class: ClassVar[type[MixerConfig]]
+    diagonal: ClassVar[bool] = True  # False: A_t is not diagonal (attention, DeltaNet), and `coefficients` refuses
 
-    def __init__(self, d_model: int, config: Config, polarization: Polarization | None) -> None:
+    def __init__(self, d_model: int, config: MixerConfig, polarization: Polarization | None) -> None:
         super().__init__()
         self.d_model = d_model
         self.config = config

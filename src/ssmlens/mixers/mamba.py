@@ -22,19 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens import ops
-from ssmlens.configuration import Config
-from ssmlens.mixers.base import Mixer
+from ssmlens.mixers.base import Mixer, MixerConfig
 from ssmlens.ops.reference import transition
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
 
 
-class MambaConfig(Config):
+class MambaConfig(MixerConfig):
     """d_state: N, learned state channels (of which "replace" polarization takes some). dt_rank None: d_model / 16, rounded up.
     dt_min, dt_max: Δ begins log-uniform between them.
     initialization: "authors", or "released": what the paper's released code runs, whose initialiser zeroes every linear bias, Δ's
-    among them, so that Δ ≈ 0.69 everywhere, and draws linear weights from N(0, 0.02²) (SPEC.md §4).
-    n_residuals: how many blocks write into the residual stream; the output projection starts smaller by its square root."""
+    among them, so that Δ ≈ 0.69 everywhere, and draws linear weights from N(0, 0.02²) (SPEC.md §4)."""
 
     d_state: int = Field(default=16, ge=1)
     d_conv: int = Field(default=4, ge=1)
@@ -46,7 +44,6 @@ class MambaConfig(Config):
     conv_bias: bool = True
     bias: bool = False
     initialization: Literal["authors", "released"] = "authors"
-    n_residuals: int = Field(default=1, ge=1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ class _Projected(NamedTuple):
 
 
 class Mamba(Mixer):
-    config_class: ClassVar[type[Config]] = MambaConfig
+    config_class: ClassVar[type[MixerConfig]] = MambaConfig
     config: MambaConfig
 
     def __init__(self, d_model: int, config: MambaConfig, polarization: Polarization | None = None) -> None:
@@ -176,9 +173,9 @@ class Mamba(Mixer):
         shape = (self.d_inner, self.d_state)
         return Coefficients(
             batch=x.shape[0], length=x.shape[1], state_shape=shape,
-            transition=lambda t: transition(dt[:, t, :, None], A),
-            drive=lambda t: dt[:, t, :, None] * content(t),
-            content=content, dt=dt, ones=ones.expand(shape), zeros=zeros.expand(shape),
+            a_at=lambda t: transition(dt[:, t, :, None], A),
+            u_at=lambda t: dt[:, t, :, None] * content(t),
+            b_at=content, dt=dt, ones=ones.expand(shape), zeros=zeros.expand(shape),
         )  # fmt: skip
 
     def decode(

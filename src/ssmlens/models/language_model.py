@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
@@ -38,9 +38,8 @@ class Architecture(Config):
     norm_eps: float = Field(default=1e-5, gt=0)
 
     def build_mixers(self) -> list[Mixer]:
-        config = {"n_residuals": self.n_layers, **self.mixer_config}
         return [
-            mixers.build(self.mixer, self.d_model, polarization=self.polarization, **config)
+            mixers.build(self.mixer, self.d_model, polarization=self.polarization, **self.mixer_config)
             for _ in range(self.n_layers)
         ]
 
@@ -62,9 +61,10 @@ class LanguageModelConfig(PreTrainedConfig):
         theirs = {k: fields.pop(k) for k in list(fields) if k in _TRANSFORMERS_KEYS - set(Architecture.model_fields)}
         theirs.pop("model_type", None)
         architecture = Architecture.of(fields, "model configuration")
-        mixers.configure(architecture.mixer, architecture.mixer_config)
+        mixer = mixers.configure(architecture.mixer, {"n_residuals": architecture.n_layers, **architecture.mixer_config})
         for name, value in architecture.model_dump(mode="json").items():
             setattr(self, name, value)
+        self.mixer_config = mixer.model_dump(mode="json")
         super().__init__(**theirs)
 
     @property
@@ -167,12 +167,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
-        **unused: Any,
     ) -> LanguageModelOutput:
         """targets[t] is what position t is to predict, -100 where nothing is: logits are computed there only.
         labels: transformers' convention, the tokens themselves, shifted here (labels = input_ids trains a language model).
         attention_mask: 0 at left padding. reset: True at the first token of each packed sequence.
         past_key_values: what an earlier call with use_cache=True returned. logits_to_keep: only the last that many positions.
+        return_dict is transformers' and changes nothing: the output is always a LanguageModelOutput.
 
         Raises ValueError for both or neither of input_ids and inputs_embeds, both targets and labels, or right padding."""
         if targets is not None and labels is not None:
@@ -240,3 +240,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 (rest if free else decay).append(p)
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         return [g for g in groups if g["params"]]
+
+
+AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig)
+AutoModelForCausalLM.register(LanguageModelConfig, LanguageModel)

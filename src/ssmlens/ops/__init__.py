@@ -9,7 +9,6 @@ accumulation are float32 (float64 for float64 input) under any autocast; y has t
 Wrong shapes, dtypes and devices raise ValueError or TypeError that name the argument; values are checked under `checks(True)`.
 """
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -30,10 +29,13 @@ def backend_for(op: str, x: Tensor, A: Tensor | None = None) -> str:
     """The backend that `backend="auto"` takes for `op` (a public function's name) on input x, with transition A or a."""
     from ssmlens.ops import cpu
 
-    supports = getattr(cpu, f"supports_{op}", None)
-    if x.device.type != "cpu" or supports is None or not supports(x, *([] if A is None else [A])):
-        return "chunked"
-    return "cpu" if cpu.available() else "chunked"
+    kernels = {
+        "selective_scan": cpu.supports_selective_scan,
+        "linear_scan": cpu.supports_linear_scan,
+        "causal_conv1d": cpu.supports_causal_conv1d,
+    }
+    supported = x.device.type == "cpu" and op in kernels and kernels[op](x, A)
+    return "cpu" if supported and cpu.available() else "chunked"
 
 
 def _module(op: str, backend: str, x: Tensor, A: Tensor | None = None) -> ModuleType:
@@ -44,9 +46,19 @@ def _module(op: str, backend: str, x: Tensor, A: Tensor | None = None) -> Module
 
         reason = cpu.why_unavailable() or "it does not support these arguments"
         raise ValueError(f"{op}: backend 'cpu' cannot be used here: {reason}")
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    return import_module(f"ssmlens.ops.{backend}")
+    if backend == "cpu":
+        from ssmlens.ops import cpu
+
+        return cpu
+    if backend == "chunked":
+        from ssmlens.ops import chunked
+
+        return chunked
+    if backend == "reference":
+        from ssmlens.ops import reference
+
+        return reference
+    raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
 
 
 def selective_scan(

@@ -17,8 +17,9 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from ssmlens import files
 from ssmlens.report import curves, data, plots, tables, text, theme
-from ssmlens.results import Figure, Record, write_atomic
+from ssmlens.results import Figure, Record
 
 # Bytes and points that keep the page under 3 MB with 12 figures of 6 long series with bands (tested).
 DRAWN_POINTS = 30_000
@@ -93,7 +94,7 @@ class RecordView:
 
 def write(records: Record | Sequence[Record], path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write the page about one record or several, atomically. See `ssmlens.report.write`."""
-    return write_atomic(path, html(records, title=title))
+    return files.write(path, html(records, title=title))
 
 
 def html(records: Record | Sequence[Record], *, title: str | None = None) -> str:

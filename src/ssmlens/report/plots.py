@@ -23,11 +23,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
+from ssmlens import files
 from ssmlens.errors import UserError
 from ssmlens.report import curves, data, layout, text, ticks
 from ssmlens.report import svg as svg_text
 from ssmlens.report.theme import LIGHT
-from ssmlens.results import Figure, Record, write_atomic
+from ssmlens.results import Figure, Record
 
 SMALL = 9.0  # points: ticks, legend, labels
 TITLE = 12.0
@@ -70,7 +71,7 @@ def save(figure: Figure, path: str | os.PathLike[str], *, groups: Sequence[str] 
     if ending not in (".png", ".svg"):
         raise UserError(f"cannot save a picture as {path.name!r}; give it the ending .png or .svg")
     png, svg_file = picture(figure, groups=groups, kinds=(ending[1:],))
-    return write_atomic(path, png or svg_file)
+    return files.write(path, png or svg_file)
 
 
 def save_all(record: Record, directory: str | os.PathLike[str], ending: str = ".png") -> list[Path]:

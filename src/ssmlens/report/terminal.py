@@ -1,4 +1,4 @@
-"""A record in a terminal: the verdict, then its tables, in as many blocks as the width asks for."""
+"""A record in a terminal: the verdict, then its short tables, in as many blocks as the width asks for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.text import Text
 from ssmlens.report import tables, text
 from ssmlens.results import Record, Table
 
+MOST_ROWS = 10  # longer tables are for the page
 NAME_WIDTH = 24  # longest first column, in cells; longer names fold
 
 
@@ -24,8 +25,11 @@ def render(record: Record, width: int = 80) -> Group:
     if not record.complete:
         parts.append(Text("Incomplete: this run was interrupted; what it had finished is shown.", style="yellow"))
     parts += [_bullet(sentence) for sentence in record.verdict]
-    for table in record.tables:
+    short = [table for table in record.tables if len(table.rows) <= MOST_ROWS]
+    for table in short:
         parts += [Text(""), *_table(table, width)]
+    if left := [table.title for table in record.tables if table not in short]:
+        parts += [Text(""), Text(f"On the page: {'; '.join(map(text.clean, left))}.", style="dim")]
     if record.notes:
         parts += [Text(""), *(_bullet(f"Note: {note}") for note in record.notes)]
     return Group(*parts)

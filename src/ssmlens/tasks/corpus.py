@@ -190,6 +190,15 @@ class CorpusStream:
         self._order: tuple[int, Int64[np.ndarray, " windows"]] | None = None
 
     @property
+    def vocab_size(self) -> int:
+        return 256
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again beside the config: the text itself."""
+        return {"sha256": self.corpus.sha256}
+
+    @property
     def batches_per_epoch(self) -> int:
         return self._windows // self.config.batch_size
 

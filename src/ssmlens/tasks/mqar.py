@@ -251,6 +251,15 @@ class MqarStream:
         ]
 
     @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a resumed run must find again beside the config: nothing."""
+        return {}
+
+    @property
     def batches_per_epoch(self) -> int:
         """Batches until every example was there once; the last of a length (or segment) may be smaller."""
         return sum(math.ceil(len(numbers) / self.config.batch_size) for numbers in self._groups)

@@ -3,9 +3,10 @@
 from ssmlens.targets import IGNORED
 from ssmlens.training.config import TrainConfig
 from ssmlens.training.data import Batch, Stream
-from ssmlens.training.loop import TrainResult, train
+from ssmlens.training.loop import train
 from ssmlens.training.optimizer import default_groups, learning_rate
-from ssmlens.training.sweep import Job, SweepError, sweep
+from ssmlens.training.result import TrainResult
+from ssmlens.training.sweep import Job, SweepError, sweep, sweep_provenance
 
 __all__ = [
     "IGNORED",
@@ -18,5 +19,6 @@ __all__ = [
     "default_groups",
     "learning_rate",
     "sweep",
+    "sweep_provenance",
     "train",
 ]

@@ -6,27 +6,27 @@
                         state.json          step, configuration, names of tied tensors, whatever the loop adds
                         manifest.json       size and SHA-256 of the four above; written last
 
-Everything is written to step-00000500.tmp-PID, forced to disk and then renamed. A checkpoint counts only if
-its manifest is there and agrees with every file. Nothing is unpickled but tensors and plain containers
-(weights_only).
+All of it appears in one rename (`ssmlens.files`). A checkpoint counts only if its manifest is there and agrees with every
+file. Nothing is unpickled but tensors and plain containers (weights_only).
 """
 
 import hashlib
 import json
-import os
 import random
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.training import files
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -46,30 +46,20 @@ def save(
     Raises UserError: when the disk is full or not writable; earlier checkpoints are untouched then.
     """
     final = directory / f"step-{step:08d}"
-    temporary = directory / f"{final.name}.tmp-{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
+    with files.replace_directory(final) as temporary:  # there already: a broken one, or the same before its evaluation
         tensors, tied = _tensors(model)
-        save_file(tensors, temporary / "model.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(rng, temporary / "rng.pt")
+        try:
+            save_file(tensors, temporary / "model.safetensors")
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            torch.save(rng, temporary / "rng.pt")
+        except (SafetensorError, RuntimeError) as error:  # what these two libraries make of a full disk
+            raise OSError(" ".join(str(error).split())) from error
         content = {"step": step, "tied": tied, **state}
         (temporary / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         manifest = {path.name: _sum(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            files.sync(path)
-        if final.exists():  # a broken one, or the same step before its evaluation
-            final.rename(directory / f"{final.name}.tmp-old")
-        temporary.rename(final)
-        files.sync(directory)
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {final}: {error}") from error
-    finally:
-        files.remove(temporary)
-    clean(directory)
     for old in _all(directory)[keep:]:
-        files.remove(old)
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -85,12 +75,6 @@ def complete(path: Path) -> bool:
         return bool(manifest) and all(_sum(path / name) == expected for name, expected in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def clean(directory: Path) -> None:
-    """Removes what a killed run left half written. Only for the process that owns the directory."""
-    for path in directory.glob("step-*.tmp-*"):
-        files.remove(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:

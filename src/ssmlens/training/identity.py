@@ -38,6 +38,16 @@ def run_identity(
     }
 
 
+def surroundings(world: int, device: torch.device) -> dict[str, Any]:
+    """What may change the last bits of a run without being part of its configuration."""
+    return {
+        "threads": torch.get_num_threads(),
+        "processes": world,
+        "device": device.type,
+        "torch": str(torch.__version__),
+    }
+
+
 def fingerprint(config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a JSON-able configuration; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

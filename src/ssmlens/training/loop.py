@@ -12,40 +12,26 @@ in the checkpoint, and an evaluation leaves the random number generators as it f
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.training import checkpoints, files
+from ssmlens.training import checkpoints
 from ssmlens.training.config import TrainConfig
 from ssmlens.training.data import Piece, Share, Stream, shares
 from ssmlens.training.history import History, Row, Window
-from ssmlens.training.identity import differences, fingerprint, run_identity
+from ssmlens.training.identity import differences, fingerprint, run_identity, surroundings
 from ssmlens.training.optimizer import Groups, adamw, default_groups, learning_rate
-from ssmlens.training.progress import Bar, Display, Quiet
+from ssmlens.training.progress import Display, Quiet, display
+from ssmlens.training.result import TrainResult
 from ssmlens.training.stops import Stops
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. The model itself was trained in place and is in evaluation mode."""
-
-    step: int
-    finished: str  # "steps" or "early_stop"
-    metrics: dict[str, float]  # of the last evaluation
-    history: list[Row] = field(repr=False)  # rows with loss, accuracy, lr, tokens_per_second
-    evaluations: list[Row] = field(repr=False)  # rows with evaluation
-    seconds: float  # spent in training steps, over all parts of a resumed run
-    tokens: int
-    checkpoint: Path
-    resumed_from: int | None
 
 
 def train(
@@ -73,14 +59,15 @@ def train(
 
     Raises
         UserError: loss or parameters are no longer finite (names step and lr; the last good checkpoint stays); out_dir
-            holds a run and resume is False; on resume, the configuration is another (names the keys); out_dir is not
-            writable
+            holds a run and resume is False, or another process trains there; on resume, the configuration is another (names
+            the keys); out_dir is not writable
         KeyboardInterrupt, SystemExit(143): on Ctrl-C or SIGTERM, once the step at hand is done and a checkpoint written
     """
     run = _Run(model, stream, config, Path(out_dir), evaluate, optimizer_groups, identity, log)
     try:
         run.start(resume)
-        run.open_display(progress, title)
+        if run.main:
+            run.display = display(progress, title, config.steps, run.step)
         with Stops() as stops:
             run.train(stops)
         return run.result()
@@ -116,6 +103,7 @@ class _Run:
         self.per_epoch: int | None = getattr(stream, "batches_per_epoch", None)
         self.out_dir, self.checkpoints = out_dir, out_dir / "checkpoints"
         self._log = log
+        self._held = ExitStack()
         self.display: Display = Quiet(config.steps, None)
         self.history = History(out_dir / "history.jsonl")
         set_seed(config.seed, device_specific=True)
@@ -147,17 +135,31 @@ class _Run:
     # ---- beginning ----
 
     def start(self, resume: bool) -> None:
-        files.make_directory(self.checkpoints)
+        self._lock()
         latest = checkpoints.latest(self.checkpoints)
         if latest is not None and not resume:
             raise UserError(f"{self.out_dir} holds a run already: resume it (--resume) or choose another directory")
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-        if self.main:
-            checkpoints.clean(self.checkpoints)
         if latest is not None:
             self._restore(latest)
         elif self.main:
             self.history.start()
+
+    def _lock(self) -> None:
+        """The directory is for this run alone until `close`. The first process asks, all of them hear the answer."""
+        refusal: str | None = None
+        if self.main:
+            try:
+                self._held.enter_context(files.locked(self.out_dir, "training"))
+                files.clean(files.make_directory(self.checkpoints))
+            except UserError as error:
+                refusal = str(error)
+        if self.world > 1:
+            from accelerate.utils import broadcast_object_list
+
+            refusal = broadcast_object_list([refusal])[0]
+        if refusal is not None:
+            raise UserError(refusal)
 
     def _restore(self, path: Path) -> None:
         state = checkpoints.read_state(path)
@@ -168,7 +170,7 @@ class _Run:
                 "Use the same one or choose another directory"
             )
         rng = checkpoints.load(path, self.model, self.optimizer)
-        for name, now in self._surroundings().items():
+        for name, now in surroundings(self.world, self.device).items():
             if state[name] != now:
                 was = state[name]
                 self.log(f"note: {name} was {was} and is now {now}; the resumed run may differ in the last bits")
@@ -183,26 +185,10 @@ class _Run:
         if self.main and not self.history.start(state["history_bytes"]):
             self.log(f"note: {self.history.path} is shorter than when the checkpoint was written; its end is missing")
 
-    def _surroundings(self) -> dict[str, Any]:
-        """What may change the last bits without being part of the configuration."""
-        return {
-            "threads": torch.get_num_threads(),
-            "processes": self.world,
-            "device": self.device.type,
-            "torch": str(torch.__version__),
-        }
-
-    def open_display(self, progress: bool | Callable[[float], None], title: str) -> None:
-        if not self.main or progress is False:
-            return
-        if callable(progress):
-            self.display = Quiet(self.config.steps, progress)
-        else:
-            self.display = Bar(title, self.config.steps, self.step)
-
     def close(self) -> None:
         self.display.close()
         self.history.close()
+        self._held.close()
 
     # ---- training ----
 
@@ -344,7 +330,7 @@ class _Run:
                 "seconds": [self.seconds, self.window_seconds, self.window_tokens],
                 "window": self.window.entries,
                 "history_bytes": self.history.sync(),
-                **self._surroundings(),
+                **surroundings(self.world, self.device),
             }
             checkpoints.save(
                 self.checkpoints, self.step, model=self.model, optimizer=self.optimizer, rng=everyone, state=state

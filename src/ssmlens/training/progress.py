@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ssmlens.progress import bars
+
 
 class Display(Protocol):
     """Where the loop tells how far it is."""
@@ -46,21 +48,7 @@ class Bar:
     """Loss, accuracy, tokens per second, time left."""
 
     def __init__(self, title: str, steps: int, done: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),  # what the rest leaves: 80 columns must do
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=Console(stderr=True),
-            refresh_per_second=4,
-            expand=True,
-            speed_estimate_period=120,
-        )
+        self.progress = bars("{task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}", elapsed=False)
         self.task = self.progress.add_task(title, total=steps, completed=done, numbers="")
         self.last, self.said = 0.0, time.monotonic()
         self.progress.start()
@@ -87,6 +75,13 @@ class Bar:
 
     def close(self) -> None:
         self.progress.stop()
+
+
+def display(progress: bool | Callable[[float], None], title: str, steps: int, done: int) -> Display:
+    """A bar, or a function that is told the share that is done, or nothing."""
+    if progress is True:
+        return Bar(title, steps, done)
+    return Quiet(steps, progress or None)
 
 
 def si(number: float) -> str:

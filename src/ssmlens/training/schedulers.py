@@ -3,11 +3,13 @@
 A worker is a top-level function worker(config, directory, report) -> JSON-able result; it may call report(fraction).
 What a task leaves in its directory:
 
-    result.json   {"id", "fingerprint", "config", "result", "seconds"}: written last, in one move, so finished means done
+    result.json   {"id", "fingerprint", "config", "result", "seconds", "provenance"}: written last, in one move, so finished
+                  means done. provenance: `ssmlens.results.Provenance` of the process that finished it
     error.txt     why it failed, with the traceback                     log.txt   what it printed (local processes)
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -21,8 +23,8 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
+from ssmlens import files, results
 from ssmlens.errors import UserError
-from ssmlens.training import files
 from ssmlens.training.identity import fingerprint
 from ssmlens.training.stops import Stops
 
@@ -84,6 +86,7 @@ def execute(task: Task, worker: Worker, report: Report) -> str | None:
     """
     began = time.perf_counter()
     try:
+        origin = results.provenance()  # asked first: the checkout may change while the code that is loaded runs
         result = worker(task.config, task.directory, report)
         record = {
             "id": task.id,
@@ -91,13 +94,21 @@ def execute(task: Task, worker: Worker, report: Report) -> str | None:
             "config": task.config,
             "result": result,
             "seconds": round(time.perf_counter() - began, 3),
+            "provenance": {**origin.model_dump(mode="json"), "device": _device()},
         }
-        files.write_json(task.directory / "result.json", record)
+        files.write(task.directory / "result.json", json.dumps(record, indent=1) + "\n")
     except Exception as error:
-        files.write_text(task.directory / "error.txt", traceback.format_exc())
+        with contextlib.suppress(UserError):  # the disk may be full: the line below says so then
+            files.write(task.directory / "error.txt", traceback.format_exc())
         line = " ".join(str(error).split())
         return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
     return None
+
+
+def _device() -> str:
+    """Where this process trained, "cpu" if it did not train: only a training starts accelerate."""
+    state = sys.modules.get("accelerate.state")
+    return str(state.PartialState().device) if state is not None and state.is_initialized() else "cpu"
 
 
 class InThisProcess:

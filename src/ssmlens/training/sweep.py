@@ -7,12 +7,13 @@ What a run is and how it resumes is the worker's affair; usually it calls `train
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.training import files
+from ssmlens.progress import bars
 from ssmlens.training.identity import differences, fingerprint
 from ssmlens.training.schedulers import Event, InThisProcess, LocalProcesses, Scheduler, Task, Worker
 
@@ -56,20 +57,41 @@ def sweep(
 
     Raises
         SweepError: at the end, when runs failed
-        UserError: before anything runs, when out_dir holds runs and resume is False, or runs of another configuration
+        UserError: before anything runs, when out_dir holds runs and resume is False, or runs of another configuration,
+            or another process runs there
         KeyboardInterrupt: on Ctrl-C, once the workers are stopped (they get SIGTERM and time to write a checkpoint)
     """
-    out_dir = Path(out_dir)
-    tasks = _tasks(jobs, out_dir)
+    tasks = _tasks(jobs, Path(out_dir))
+    if scheduler is None:
+        scheduler = LocalProcesses(processes, threads_per_process) if processes else InThisProcess(threads_per_process)
+    with files.locked(Path(out_dir), "running"):
+        failures = _run(tasks, Path(out_dir), worker, scheduler, resume, progress, title)
+    results = {task.id: _result(task)["result"] for task in tasks if task.id not in failures}
+    if failures:
+        raise SweepError(failures, results, Path(out_dir))
+    return results
+
+
+def sweep_provenance(out_dir: str | Path, ids: Iterable[str]) -> dict[str, dict[str, Any] | None]:
+    """Which commit, versions, device and threads finished each run: id → the fields of `ssmlens.results.Provenance`.
+
+    None for a run that is not finished, or was by a version that did not note it.
+    """
+    paths = {id_: Path(out_dir) / "runs" / id_ / "result.json" for id_ in ids}
+    return {id_: _json(path).get("provenance") if path.exists() else None for id_, path in paths.items()}
+
+
+def _run(
+    tasks: list[Task], out_dir: Path, worker: Worker, scheduler: Scheduler, resume: bool, progress: bool, title: str
+) -> dict[str, str]:
+    """Runs what is missing and returns the failures: id → one line."""
     done = _finished(tasks, out_dir, resume)
     todo = [task for task in tasks if task.id not in done]
     for task in todo:
         files.make_directory(task.directory)
         (task.directory / "error.txt").unlink(missing_ok=True)
-        files.write_json(task.directory / "config.json", task.config)
+        files.write(task.directory / "config.json", json.dumps(task.config, indent=1) + "\n")
 
-    if scheduler is None:
-        scheduler = LocalProcesses(processes, threads_per_process) if processes else InThisProcess(threads_per_process)
     failures: dict[str, str] = {}
     display = _Display(title, len(tasks), len(done), progress)
     events = scheduler.run(todo, worker)
@@ -84,10 +106,7 @@ def sweep(
     finally:
         getattr(events, "close", lambda: None)()  # stops what still runs, now and not when memory is tidied up
         display.close()
-    results = {task.id: _result(task)["result"] for task in tasks if task.id not in failures}
-    if failures:
-        raise SweepError(failures, results, out_dir)
-    return results
+    return failures
 
 
 def _tasks(jobs: Sequence[Job], out_dir: Path) -> list[Task]:
@@ -146,7 +165,7 @@ def _note(tasks: list[Task], id_: str, error: str) -> None:
     """A process that was killed could not write its own error.txt."""
     path = next(task for task in tasks if task.id == id_).directory / "error.txt"
     if not path.exists():
-        files.write_text(path, error + "\n")
+        files.write(path, error + "\n")
 
 
 class _Display:
@@ -157,21 +176,7 @@ class _Display:
         self.done, self.total = done, total
         self.progress: Any = None
         if show:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[numbers]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=Console(stderr=True),
-                refresh_per_second=2,
-                expand=True,
-                speed_estimate_period=900,
-            )
+            self.progress = bars("{task.fields[numbers]}", memory=900.0)
             self.task = self.progress.add_task(title, total=total, completed=done, numbers=f"{done}/{total}")
             self.progress.start()
 

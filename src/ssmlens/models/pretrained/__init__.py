@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+import ssmlens.models  # noqa: F401  (makes transformers know our model_type)
 from ssmlens.errors import UserError
-from ssmlens.models.language_model import LanguageModel
 from ssmlens.models.pretrained.mamba import from_transformers_mamba
 
 __all__ = ["from_transformers_mamba", "load", "packaged"]
+
+CONVERTERS = {"mamba": from_transformers_mamba}  # transformers' model_type → a LanguageModel with the same weights
 
 
 def packaged() -> dict[str, Path]:
@@ -29,21 +31,22 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     name = os.fspath(path)
     local = packaged().get(name, Path(name))
     if local.is_dir():
-        kind = _model_type(local)
+        _model_type(local)
         source = str(local)
     elif local.exists():
         raise UserError(f"{name} is a file; give the directory that holds config.json and model.safetensors")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        kind, source = None, name
+        source = name
     else:
         known = ", ".join(packaged()) or "none"
         raise UserError(
             f"no model at {name}: no such directory, no packaged checkpoint (there are: {known}), not a hub id"
         )
-    return _checked(name, *_read(name, source, kind)).eval()
+    return _checked(name, *_read(name, source)).eval()
 
 
 def _model_type(directory: Path) -> str:
+    """What config.json says the model is. Raises UserError where it does not say."""
     config = directory / "config.json"
     if not config.is_file():
         raise UserError(f"{directory} holds no config.json: not a model directory")
@@ -56,16 +59,15 @@ def _model_type(directory: Path) -> str:
     return kind
 
 
-def _read(name: str, source: str, kind: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def _read(name: str, source: str) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what a warning would say of missing keys, `_checked` raises
     logging.disable_progress_bar()
-    reader: Any = LanguageModel if kind == "ssmlens" else AutoModelForCausalLM
     try:
-        return reader.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32
         )
     except UserError as e:
@@ -92,6 +94,5 @@ def _checked(name: str, model: nn.Module, info: dict[str, Any]) -> nn.Module:
     for key, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"cannot load {name}: {key} contains NaN or infinity")
-    if getattr(model.config, "model_type", "") == "mamba":
-        return from_transformers_mamba(model)
-    return model
+    convert = CONVERTERS.get(getattr(model.config, "model_type", ""))
+    return convert(model) if convert else model

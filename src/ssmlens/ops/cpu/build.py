@@ -23,6 +23,9 @@ from pathlib import Path
 
 import torch
 
+from ssmlens import files
+from ssmlens.errors import UserError
+
 _HERE = Path(__file__).parent
 _SOURCE = _HERE / "scan.cpp"
 # No -ffast-math: it turns exp(NaN) into 0. Without -fno-trapping-math the selects inside exp are not vectorised.
@@ -174,20 +177,24 @@ def _is_intact(path: Path) -> bool:
 
 
 def build(compiler: list[str], path: Path) -> None:
-    """Compiles the kernels to `path`; a reader of `path` sees the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(prefix=path.stem + "-", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    """Compiles the kernels to `path`; a reader of `path` sees the old file or the whole new one. Raises BuildError."""
     try:
-        command = [*compiler, str(_SOURCE), "-o", temporary, *flags()]
+        with files.replace(path, mode=0o700) as temporary:
+            _compile(compiler, temporary)
+            with open(temporary, "r+b") as file:
+                file.write(hashlib.sha256(file.read()).digest())
+    except UserError as error:
+        raise BuildError(str(error)) from error
+
+
+def _compile(compiler: list[str], output: Path) -> None:
+    command = [*compiler, str(_SOURCE), "-o", str(output), *flags()]
+    try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode != 0:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise BuildError(f"{shlex.join(compiler)} failed ({errors[0].strip() if errors else 'no message'})")
-        with open(temporary, "r+b") as file:
-            file.write(hashlib.sha256(file.read()).digest())
-        os.chmod(temporary, 0o700)
-        os.replace(temporary, path)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{shlex.join(compiler)} took more than ten minutes") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise BuildError(f"the compiler {shlex.join(compiler)!r} does not run ({error})") from error
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise BuildError(f"{shlex.join(compiler)} failed ({errors[0].strip() if errors else 'no message'})")
