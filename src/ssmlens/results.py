@@ -173,7 +173,7 @@ class Record(_Part):
         """Raises UserError for text that is not a record of a schema this version reads."""
         try:
             tree = json.loads(text)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"not a results file: {e}") from e
         if not isinstance(tree, dict) or "schema_version" not in tree:
             raise UserError("not a results file: it has no schema_version")
@@ -182,7 +182,10 @@ class Record(_Part):
                 f"results file has schema version {tree['schema_version']}, this ssmlens reads {SCHEMA_VERSION}; "
                 "use the ssmlens that wrote it"
             )
-        for pointer, name in (tree.pop("nonfinite", None) or {}).items():
+        nonfinite = tree.pop("nonfinite", None) or {}
+        if not isinstance(nonfinite, dict) or any(name not in ("inf", "-inf", "nan") for name in nonfinite.values()):
+            raise UserError("not a results file: `nonfinite` must map places to inf, -inf or nan")
+        for pointer, name in nonfinite.items():
             _put(tree, pointer, float(name))
         try:
             return cls.model_validate(tree)
@@ -274,8 +277,8 @@ def _without_nonfinite(node: Any, pointer: str, found: dict[str, str]) -> Any:
 
 
 def _put(tree: Any, pointer: str, value: float) -> None:
-    *parents, last = (p.replace("~1", "/").replace("~0", "~") for p in pointer.split("/")[1:])
     try:
+        *parents, last = (p.replace("~1", "/").replace("~0", "~") for p in pointer.split("/")[1:])
         for part in parents:
             tree = tree[int(part)] if isinstance(tree, list) else tree[part]
         tree[int(last) if isinstance(tree, list) else last] = value

@@ -175,3 +175,41 @@ def test_weight_decay_groups():
     (released,) = model.parameter_groups(0.1, "released")
     assert len(released["params"]) == len(list(model.parameters()))
     assert released["weight_decay"] == 0.1
+
+
+def test_padding_after_carried_tokens_is_refused():
+    """It would push real tokens out of the convolution's window."""
+    model, x = make(), tokens(1, 12)
+    cache = model(x[:, :5], use_cache=True).past_key_values
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), x[:, 5:]], 1)
+    for mask in ([1] * 5 + [0] * 3 + [1] * 7, [0] * 3 + [1] * 7):
+        with pytest.raises(ValueError, match="pad on the left"):
+            model(padded, attention_mask=torch.tensor([mask]), past_key_values=cache)
+    with pytest.raises(ValueError, match="covers 20 tokens"):
+        model(padded, attention_mask=torch.ones(1, 20), past_key_values=cache)
+    # left padding that began in an earlier piece is fine
+    left = torch.cat([torch.zeros(1, 6, dtype=torch.long), x], 1)
+    mask = torch.tensor([[0] * 6 + [1] * 12])
+    first = model(left[:, :3], attention_mask=mask[:, :3], use_cache=True)
+    rest = model(left[:, 3:], attention_mask=mask, past_key_values=first.past_key_values)
+    close(rest.logits[:, 3:], model(x).logits, torch.float32)
+
+
+def test_a_mistyped_argument_is_not_swallowed():
+    with pytest.raises(TypeError, match="target"):
+        make()(tokens(), target=tokens())
+
+
+def test_defaults_are_saved_and_transformers_knows_the_model(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["mixer_config"]["d_state"] == 16
+    assert saved["mixer_config"]["n_residuals"] == 2
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), LanguageModel)
+
+
+def test_meta_device():
+    model = make().to("meta")
+    assert model(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 40)

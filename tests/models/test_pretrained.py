@@ -102,12 +102,25 @@ def breakages():
         state = load_file(path / "model.safetensors")
         save_file({**state, "backbone.surprise": torch.ones(2)}, path / "model.safetensors", metadata={"format": "pt"})
 
+    def integers(path):
+        state = load_file(path / "model.safetensors")
+        save_file(
+            {k: v.to(torch.int8) for k, v in state.items()}, path / "model.safetensors", metadata={"format": "pt"}
+        )
+
+    def shard(path):
+        (path / "model.safetensors").rename(path.parent / "outside.safetensors")
+        index = {"metadata": {}, "weight_map": {"backbone.norm.weight": "../outside.safetensors"}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
     return {
         "truncated": (truncated, "cannot load"),
         "missing": (missing, "lacks backbone.blocks.0.mixer.D"),
         "nan": (nan, "mixer.D contains NaN"),
         "unknown": (unknown, "backbone.surprise"),
-        "shape": (lambda p: edit(p, d_model=12), "shape|size"),
+        "shape": (lambda p: edit(p, vocab_size=21), r"has shape \(20, 8\), the configuration says \(21, 8\)"),
+        "dtype": (integers, "dtype I8"),
+        "shard": (shard, "must lie beside it"),
         "key": (lambda p: edit(p, n_layer=1), "did you mean 'n_layers'"),
         "type": (lambda p: edit(p, model_type="nonesuch"), "nonesuch"),
         "json": (lambda p: (p / "config.json").write_text("{"), "not readable JSON"),
@@ -135,6 +148,10 @@ def test_pickled_weights_are_not_read(saved):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no model at"):
         ssmlens.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="did you mean 'mamba-default'"):
+        ssmlens.load("mamba-defalt")
+    with pytest.raises(UserError, match="no model at"):
+        ssmlens.load("x" * 5000)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
         ssmlens.load(tmp_path / "file")

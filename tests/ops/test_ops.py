@@ -335,3 +335,40 @@ def test_the_public_op_compiles_into_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
     close(compiled(**kw), selective_scan(**kw), torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize(("batch", "d_inner", "d_state"), [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_nothing_in_nothing_out(backend, batch, d_inner, d_state):
+    kw = selective(batch, 5, d_inner, d_state, pinned=False, extras=False, dtype=torch.float32)
+    y, h = selective_scan(**kw, return_final_state=True, backend=backend)
+    assert y.shape == (batch, 5, d_inner)
+    assert h.shape == (batch, d_inner, d_state)
+    y.sum().backward()
+    x = torch.rand(batch, 5, d_inner, requires_grad=True)
+    causal_conv1d(x, torch.rand(d_inner, 4), backend=backend).sum().backward()
+    assert x.grad.shape == x.shape
+    assert linear_scan(torch.rand(batch, 5, d_inner), torch.rand(batch, 5, d_inner), backend=backend).shape == (
+        batch,
+        5,
+        d_inner,
+    )
+
+
+def test_imaginary_parts_are_not_dropped_silently():
+    kw = selective(dtype=torch.float32)
+    for name in ("dt", "D", "z", "dt_bias", "h0"):
+        with pytest.raises(TypeError, match=name):
+            selective_scan(**{**kw, name: kw[name].to(torch.complex64)})
+    with pytest.raises(TypeError, match="dt"):
+        selective_scan(**{**kw, "dt": torch.ones(2, 13, 5, dtype=torch.int64)})
+    a, u = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    with pytest.raises(TypeError, match="h0"):
+        linear_scan(a, u, h0=torch.zeros(2, 4, dtype=torch.complex64))
+
+
+def test_a_broadcasts_over_time_in_every_backend():
+    a, u = torch.rand(2, 1, 4, dtype=torch.float64), rand(2, 6, 4)
+    want = linear_scan(a.expand(2, 6, 4), u, backend="reference")
+    for backend in ["reference", *FAST]:
+        close(linear_scan(a, u, backend=backend), want, torch.float64)

@@ -32,6 +32,8 @@ def main() -> None:
             _fail("interrupted; what was finished is kept", 130)
         typer.echo(f"error: {getattr(e, 'format_message', lambda: str(e))()}; see ssmlens --help", err=True)
         sys.exit(usage)
+    if code == 130:  # typer has caught the Ctrl-C itself
+        _fail("interrupted; what was finished is kept", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -96,10 +96,10 @@ def _read_ids(path: Path) -> list[int]:
     if content.lstrip().startswith("["):
         try:
             found = json_.loads(content)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not a JSON list: {e}") from None
     else:
-        found = [int(w) if re.fullmatch(r"-?\d+", w) else w for w in content.split()]
+        found = [int(w) if re.fullmatch(r"-?\d{1,18}", w) else w[:40] for w in content.split()]
     wrong = [x for x in found if not isinstance(x, int) or isinstance(x, bool)]
     if wrong:
         raise UserError(f"{path} holds {wrong[0]!r}, which is no token id; give integers, or a JSON list of them")

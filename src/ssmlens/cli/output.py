@@ -31,4 +31,4 @@ def finish(record: Record, out: Path, json: bool) -> None:
         return
     console = Console()
     terminal.show(record, console)
-    console.print(f"\nOpen the page: {page}", highlight=False, soft_wrap=True)
+    console.print(f"\nOpen the page: {page}", highlight=False, markup=False, soft_wrap=True)

@@ -21,7 +21,7 @@ def run(
         processes = 0 if scale == "smoke" else _workers()
     record = chosen.run(
         Request(
-            scale=scale, out=where, variants=tuple(variants) if variants else None, seeds=seeds, resume=resume,
+            scale=scale, out=where, variants=tuple(dict.fromkeys(variants)) if variants else None, seeds=seeds, resume=resume,
             processes=processes, progress=not json,
         )
     )  # fmt: skip

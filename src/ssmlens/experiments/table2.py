@@ -316,7 +316,9 @@ def _method(scale: Scale, variant: str) -> str:
         else f"Δ starts log-uniform in [{mixer['dt_min']:.3g}, {mixer['dt_max']:.3g}]"
     )
     decay = "everything" if variant == "released" else "everything but A_log, D, biases and norms"
-    examples = "fresh examples" if task.on_the_fly else f"a fixed set of {sum(s.examples for s in task.train):,} examples"
+    examples = (
+        "fresh examples" if task.on_the_fly else f"a fixed set of {sum(s.examples for s in task.train):,} examples"
+    )
     stop = f"; early stop above {settings.early_stop:.0%} of the test set" if settings.early_stop else ""
     return (
         f"{start}; zero channel A = {pinned['zero']}; weight decay {settings.weight_decay:g} on {decay}; data {task.order}. "
@@ -404,7 +406,7 @@ def _notes(
 ) -> list[str]:
     notes = [
         f"{len(results)} runs, {seconds / 3600:.2f} core-hours of training in all.",
-        "The intervals are Student's, for each gain alone; \"helps\" and \"hurts\" are said only where they hold for all gains of this page "
+        'The intervals are Student\'s, for each gain alone; "helps" and "hurts" are said only where they hold for all gains of this page '
         "together (Holm's correction, 5 %).",
         "One learning rate for all configurations of a variant and depth. Recall is known to be sensitive to it (arXiv 2508.19029), so a gain may "
         "in part be a better match between configuration and rate.",

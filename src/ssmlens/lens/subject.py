@@ -85,7 +85,10 @@ class Subject:
 
     def tokens(self, inputs: Any, shortest: int = 8) -> Int[Tensor, "batch length"]:
         """Token sequences of equal length, checked against the vocabulary and put on the model's device. Raises UserError."""
-        tokens = torch.as_tensor(inputs)
+        try:
+            tokens = torch.as_tensor(inputs)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"inputs must be token numbers of shape (sequences, length): {e}") from None
         if tokens.ndim == 1:
             tokens = tokens[None]
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
@@ -96,7 +99,13 @@ class Subject:
             raise UserError(
                 f"inputs hold {tokens.shape[0]} sequences of {tokens.shape[1]} tokens; at least one of {shortest} is needed"
             )
-        vocab_size = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        config = getattr(self.model, "config", None)
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int) and tokens.shape[1] > longest:
+            raise UserError(
+                f"{self.name} reads at most {longest} tokens, the sequences have {tokens.shape[1]}: give a smaller length"
+            )
+        vocab_size = getattr(config, "vocab_size", None)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             raise UserError(

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +44,12 @@ class MambaConfig(MixerConfig):
     conv_bias: bool = True
     bias: bool = False
     initialization: Literal["authors", "released"] = "authors"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "MambaConfig":
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min ({self.dt_min:g}) is above dt_max ({self.dt_max:g})")
+        return self
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Architecture(Config):
 
     vocab_size: int = Field(default=256, ge=1)
     d_model: int = Field(default=64, ge=1)
-    n_layers: int = Field(default=2, ge=1)
+    n_layers: int = Field(default=2, ge=1, le=1000)
     mixer: str = "mamba"
     mixer_config: dict[str, Any] = Field(default_factory=dict)
     polarization: Polarization | None = None
@@ -61,7 +61,9 @@ class LanguageModelConfig(PreTrainedConfig):
         theirs = {k: fields.pop(k) for k in list(fields) if k in _TRANSFORMERS_KEYS - set(Architecture.model_fields)}
         theirs.pop("model_type", None)
         architecture = Architecture.of(fields, "model configuration")
-        mixer = mixers.configure(architecture.mixer, {"n_residuals": architecture.n_layers, **architecture.mixer_config})
+        mixer = mixers.configure(
+            architecture.mixer, {"n_residuals": architecture.n_layers, **architecture.mixer_config}
+        )
         for name, value in architecture.model_dump(mode="json").items():
             setattr(self, name, value)
         self.mixer_config = mixer.model_dump(mode="json")
@@ -183,12 +185,12 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
             x = inputs_embeds
         else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        mask = self._mask(attention_mask, x.shape[1])
+        seen = 0 if past_key_values is None else past_key_values.length
+        mask = self._mask(attention_mask, x.shape[1], seen)
         states = None if past_key_values is None else past_key_values.states
         hidden, states, kept = self.backbone(x, states, mask=mask, reset=reset, keep=bool(output_hidden_states))
         output = LanguageModelOutput(last_hidden_state=hidden, hidden_states=kept)
         if use_cache:
-            seen = 0 if past_key_values is None else past_key_values.length
             output.past_key_values = StateCache(states, seen + x.shape[1])
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -204,22 +206,27 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         output.n_correct = (output.logits.argmax(-1) == wanted).sum()
         return output
 
-    def _mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
-        """The last `length` columns as bool, or None where nothing is padded. Right padding would end in the state: refused."""
+    def _mask(self, attention_mask: Tensor | None, length: int, seen: int) -> Tensor | None:
+        """The last `length` columns as bool, or None where nothing is padded. Padding after a real token, in this call or in an earlier
+        one whose state is carried, would end in the state: refused."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must have shape (batch, length), got {tuple(attention_mask.shape)}")
-        mask = attention_mask[:, -length:].bool()
-        if mask.shape[1] != length:
-            raise ValueError(f"attention_mask covers {mask.shape[1]} tokens, the input has {length}")
-        if bool(mask.all()):
-            return None
-        if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        mask = attention_mask.bool()
+        if mask.shape[1] not in (length, seen + length):
             raise ValueError(
-                "attention_mask pads on the right or in the middle; pad on the left (tokenizer.padding_side = 'left')"
+                f"attention_mask covers {mask.shape[1]} tokens, the input has {length}"
+                + (f" after {seen}" if seen else "")
             )
-        return mask
+        if bool(mask[:, -length:].all()):
+            return None
+        if bool((mask[:, :-1] & ~mask[:, 1:]).any()) or (seen and mask.shape[1] == length):
+            raise ValueError(
+                "attention_mask pads on the right or in the middle; pad on the left (tokenizer.padding_side = 'left'), and with "
+                "past_key_values let it cover the earlier tokens too"
+            )
+        return mask[:, -length:]
 
     def parameter_groups(
         self, weight_decay: float, variant: Literal["corrected", "released"] = "corrected"

@@ -11,7 +11,6 @@ Wrong shapes, dtypes and devices raise ValueError or TypeError that name the arg
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ssmlens.ops import _check
@@ -34,7 +33,8 @@ def backend_for(op: str, x: Tensor, A: Tensor | None = None) -> str:
         "linear_scan": cpu.supports_linear_scan,
         "causal_conv1d": cpu.supports_causal_conv1d,
     }
-    supported = x.device.type == "cpu" and op in kernels and kernels[op](x, A)
+    empty = x.numel() == 0 or (A is not None and A.numel() == 0)
+    supported = x.device.type == "cpu" and not empty and op in kernels and kernels[op](x, A)
     return "cpu" if supported and cpu.available() else "chunked"
 
 
@@ -99,6 +99,7 @@ def selective_scan(
         if length == 0:
             raise ValueError("x has length 0")
         _check.tensor("dt", dt, (batch, length, d_inner), x)
+        _check.floating("dt", dt)
         _check.tensor("A", A, (d_inner, None), x)
         _check.floating("A", A, complex_ok=True)
         n = A.shape[1]
@@ -108,19 +109,23 @@ def selective_scan(
             else:
                 _check.tensor(name, m, (batch, length, n), x)
             _check.floating(name, m, complex_ok=A.is_complex())
-        for name, p in (("D", D), ("dt_bias", dt_bias)):
+        for name, p, shape in (
+            ("D", D, (d_inner,)),
+            ("dt_bias", dt_bias, (d_inner,)),
+            ("z", z, (batch, length, d_inner)),
+        ):
             if p is not None:
-                _check.tensor(name, p, (d_inner,), x)
-        if z is not None:
-            _check.tensor("z", z, (batch, length, d_inner), x)
+                _check.tensor(name, p, shape, x)
+                _check.floating(name, p)
         if h0 is not None:
             _check.tensor("h0", h0, (batch, d_inner, n), x)
+            _check.floating("h0", h0, complex_ok=A.is_complex())
         _check.flags("reset", reset, batch, length, x)
         _check.values(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, h0=h0)
         _check.not_positive("A", A)
 
     module = _module("selective_scan", backend, x, A)
-    with torch.autocast(x.device.type, enabled=False):
+    with _check.full_precision(x):
         s = _check.state_dtype(x)
         y, h_T = module.selective_scan(
             *(_check.promoted(p, s) for p in (x, dt, A, B, C)),
@@ -159,13 +164,14 @@ def linear_scan(
         _check.floating("a", a, complex_ok=True)
         if h0 is not None:
             _check.tensor("h0", h0, (u.shape[0], *u.shape[2:]), u)
+            _check.floating("h0", h0, complex_ok=a.is_complex() or u.is_complex())
         _check.flags("reset", reset, u.shape[0], u.shape[1], u)
         _check.values(a=a, u=u, h0=h0)
     scalar = u.dim() == 2
     if scalar:
         a, u, h0 = a[..., None], u[..., None], None if h0 is None else h0[..., None]
     module = _module("linear_scan", backend, u, a)
-    with torch.autocast(u.device.type, enabled=False):
+    with _check.full_precision(u):
         s = _check.state_dtype(u.real if u.is_complex() else u)
         h, h_T = module.linear_scan(
             _check.promoted(a, s), _check.promoted(u, s), h0=_check.promoted(h0, s), reset=reset
@@ -214,13 +220,15 @@ def gated_linear_attention(
             _check.floating(name, p)
         if bonus is not None:
             _check.tensor("bonus", bonus, (heads, d_key), v)
+            _check.floating("bonus", bonus)
         if h0 is not None:
             _check.tensor("h0", h0, (batch, heads, d_key, d_value), v)
+            _check.floating("h0", h0)
         _check.flags("reset", reset, batch, length, v)
         _check.values(q=q, k=k, v=v, log_a=log_a, bonus=bonus, h0=h0)
         _check.not_positive("log_a", log_a)
     module = _module("gated_linear_attention", backend, v)
-    with torch.autocast(v.device.type, enabled=False):
+    with _check.full_precision(v):
         s = _check.state_dtype(v)
         y, H_T = module.gated_linear_attention(
             *(_check.promoted(p, s) for p in (q, k, v, log_a)),
@@ -251,6 +259,7 @@ def rwkv4_attention(
     Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong."""
     with _check.naming("rwkv4_attention"):
         _check.tensor("v", v, ("batch", "length", "d"))
+        _check.floating("v", v)
         batch, length, d = v.shape
         if length == 0:
             raise ValueError("v has length 0")
@@ -259,14 +268,16 @@ def rwkv4_attention(
             _check.floating(name, p)
         for name, p in (("w", w), ("u", u)):
             _check.tensor(name, p, (d,), v)
+            _check.floating(name, p)
         if state is not None:
             for name, p in zip(("state[0]", "state[1]", "state[2]"), state, strict=True):
                 _check.tensor(name, p, (batch, d), v)
+                _check.floating(name, p)
         _check.flags("reset", reset, batch, length, v)
         _check.values(r=r, k=k, v=v, w=w, u=u)
         _check.not_positive("-w", -w)
     module = _module("rwkv4_attention", backend, v)
-    with torch.autocast(v.device.type, enabled=False):
+    with _check.full_precision(v):
         s = _check.state_dtype(v)
         carried = None if state is None else tuple(_check.promoted(p, s) for p in state)
         y, state_T = module.rwkv4_attention(
@@ -306,15 +317,17 @@ def lti_convolution(
             _check.tensor(name, p, (d_inner, A.shape[1]), x)
         for name, p in (("A", A), ("B", B), ("C", C)):
             _check.floating(name, p, complex_ok=True)
-        _check.tensor("dt", dt, (d_inner,), x)
-        if D is not None:
-            _check.tensor("D", D, (d_inner,), x)
+        for name, per_channel in (("dt", dt), ("D", D)):
+            if per_channel is not None:
+                _check.tensor(name, per_channel, (d_inner,), x)
+                _check.floating(name, per_channel)
         if h0 is not None:
             _check.tensor("h0", h0, (batch, d_inner, A.shape[1]), x)
+            _check.floating("h0", h0, complex_ok=True)
         _check.values(x=x, A=A, B=B, C=C, dt=dt, D=D, h0=h0)
         _check.not_positive("A", A)
     module = _module("lti_convolution", backend, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _check.full_precision(x):
         s = _check.state_dtype(x)
         y, h_T = module.lti_convolution(
             *(_check.promoted(p, s) for p in (x, A, B, C, dt)), D=_check.promoted(D, s), h0=_check.promoted(h0, s)
@@ -348,16 +361,19 @@ def causal_conv1d(
         if length == 0:
             raise ValueError("x has length 0")
         _check.tensor("weight", weight, (d_inner, None), x)
+        _check.floating("weight", weight)
         if bias is not None:
             _check.tensor("bias", bias, (d_inner,), x)
+            _check.floating("bias", bias)
         if activation not in (None, "silu"):
             raise ValueError(f"activation must be None or 'silu', got {activation!r}")
         if initial is not None:
             _check.tensor("initial", initial, (batch, weight.shape[1] - 1, d_inner), x)
+            _check.floating("initial", initial)
         _check.flags("reset", reset, batch, length, x)
         _check.values(x=x, weight=weight, bias=bias, initial=initial)
     module = _module("causal_conv1d", backend, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _check.full_precision(x):
         s = _check.state_dtype(x)
         y, last = module.causal_conv1d(
             _check.promoted(x, s), _check.promoted(weight, s), _check.promoted(bias, s),

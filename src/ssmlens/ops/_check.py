@@ -2,7 +2,7 @@
 synchronisation on a GPU)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -75,6 +75,12 @@ def values(**named: Tensor | None) -> None:
 def not_positive(name: str, x: Tensor) -> None:
     if values_checked() and bool(((x.real if x.is_complex() else x) > 0).any()):
         raise ValueError(f"{name} must be ≤ 0 (real part), its largest entry is {x.real.max().item():g}")
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off, where the device has one."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

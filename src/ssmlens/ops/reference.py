@@ -32,8 +32,9 @@ def _expand(flag: Tensor, like: Tensor) -> Tensor:
 
 
 def linear_scan(a: Tensor, u: Tensor, *, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    a = a.expand_as(u)
     if reset is not None:  # a state that is emptied before a token is one that is multiplied by zero there
-        a = a.expand_as(u).masked_fill(_expand(reset, u), 0)
+        a = a.masked_fill(_expand(reset, u), 0)
     states = run(a, u, torch.zeros_like(u[:, 0]) if h0 is None else h0)
     return torch.stack(states, 1), states[-1]
 

@@ -80,6 +80,8 @@ def text_file(path: str | Path, heldout: float = 0.1) -> Corpus:
     path = Path(path)
     if not 0 < heldout <= 1:
         raise UserError(f"the held-out share of a text lies in (0, 1], not {heldout}")
+    if path.exists() and not path.is_file():  # a directory, or a device that never ends
+        raise UserError(f"{path} is not a regular file: give a text file")
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ssmlens.models  # noqa: F401  (makes transformers know our model_type)
-from ssmlens.errors import UserError
+from ssmlens.errors import UserError, nearest
 from ssmlens.models.pretrained.mamba import from_transformers_mamba
 
 __all__ = ["from_transformers_mamba", "load", "packaged"]
@@ -30,17 +30,23 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     transformers' own class. Only safetensors are read. Raises UserError, naming the path, for what cannot be loaded whole."""
     name = os.fspath(path)
     local = packaged().get(name, Path(name))
-    if local.is_dir():
+    try:
+        is_directory, exists = local.is_dir(), local.exists()
+    except OSError as e:
+        raise UserError(f"no model at {name[:80]}: {e.strerror}") from None
+    if is_directory:
         _model_type(local)
+        _inspect(local)
         source = str(local)
-    elif local.exists():
+    elif exists:
         raise UserError(f"{name} is a file; give the directory that holds config.json and model.safetensors")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
     else:
-        known = ", ".join(packaged()) or "none"
+        known = list(packaged())
         raise UserError(
-            f"no model at {name}: no such directory, no packaged checkpoint (there are: {known}), not a hub id"
+            f"no model at {name}: no such directory, no packaged checkpoint (there are: {', '.join(known) or 'none'}), not a hub id"
+            + nearest(name, known)
         )
     return _checked(name, *_read(name, source)).eval()
 
@@ -52,11 +58,38 @@ def _model_type(directory: Path) -> str:
         raise UserError(f"{directory} holds no config.json: not a model directory")
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as e:
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise UserError(f"{config} is not readable JSON: {e}") from None
     if not isinstance(kind, str):
         raise UserError(f"{config} has no model_type")
     return kind
+
+
+def _inspect(directory: Path) -> None:
+    """Refuse, before anything is read, shards outside the directory and tensors that would lose something on the way to float32."""
+    for index in directory.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UserError(f"{index} is not a list of shards: {e}") from None
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise UserError(f"{index} names the shard {shard!r}; shards must lie beside it")
+            if not (directory / shard).is_file():
+                raise UserError(f"cannot load {directory}: the shard {shard} is missing")
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as f:
+                kinds = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"cannot load {directory}: {path.name} is damaged ({e})") from None
+        for key, kind in kinds.items():
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(
+                    f"cannot load {directory}: {key} has dtype {kind}; only floating-point weights can be read"
+                )
 
 
 def _read(name: str, source: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -68,8 +101,9 @@ def _read(name: str, source: str) -> tuple[nn.Module, dict[str, Any]]:
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32
-        )
+            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # `_checked` refuses them, by name
+        )  # fmt: skip
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
     except (
