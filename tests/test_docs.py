@@ -44,3 +44,9 @@ def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_results_page_is_what_the_records_say():
+    run = subprocess.run([sys.executable, ROOT / "tools" / "results_doc.py", "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "## " in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
