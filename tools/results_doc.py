@@ -1,6 +1,6 @@
 """Write docs/results.md from the records under results/. `--check`: only say whether it is up to date (exit code 1 if not).
 
-    python tools/results_doc.py [--check]
+python tools/results_doc.py [--check]
 """
 
 import sys

@@ -237,15 +237,19 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*COMMAND, "diagnose", str(model), str(model), "--length", "1024", "--sequences", "8", "--probes", "512",
                                 "--out", "out"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "out" / "results.json").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "out" / "results.json").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert "what was finished is kept" in err
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["complete"] is False
     assert record["figures"]

@@ -105,3 +105,12 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path):
         ITEMS["table2"].run(Request(scale="lapotp", out=tmp_path))
     with pytest.raises(UserError, match="did you mean 'released'"):
         ITEMS["table2"].run(Request(scale="smoke", out=tmp_path, variants=("release",)))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"fingerprint": "x", "result": {}}'])
+def test_a_damaged_result_is_named(tmp_path, content):
+    request = Request(scale="smoke", out=tmp_path, seeds=1, processes=0, progress=False)
+    ITEMS["table2"].run(request)
+    (tmp_path / "runs" / "corrected-one-2-seed0" / "result.json").write_text(content)
+    with pytest.raises(UserError, match="damaged|another configuration"):
+        ITEMS["table2"].run(Request(scale="smoke", out=tmp_path, seeds=1, processes=0, progress=False, resume=True))

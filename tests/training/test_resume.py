@@ -224,3 +224,24 @@ def test_a_history_that_was_cut_is_noted(tmp_path):
     _, result = run(tmp_path, resume=True, log=said.append)
     assert "history.jsonl is shorter" in said[0]
     assert result.history[0]["step"] == 12
+
+
+def test_damaged_checkpoints_are_not_overwritten_unasked(tmp_path):
+    run(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        (path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds a run already"):
+        run(tmp_path)
+    said = []
+    run(tmp_path, resume=True, log=said.append)
+    assert any("damaged; continuing from the start" in line for line in said)
+
+
+@pytest.mark.parametrize("content", [b'x{"step": 1}\n', b"\xff\xfe\n"])
+def test_a_damaged_history_is_named(tmp_path, content):
+    run(tmp_path)
+    path = tmp_path / "history.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(content + whole[len(content) :])
+    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
+        run(tmp_path, resume=True)

@@ -23,7 +23,7 @@ from ssmlens.experiments.base import Item, Request, choose, holm
 from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance
 from ssmlens.tasks import mqar
-from ssmlens.training import TrainConfig, sweep, train
+from ssmlens.training import TrainConfig, sweep, sweep_provenance, train
 from ssmlens.training.schedulers import Report
 
 PAPER_LENGTH = 1024
@@ -209,14 +209,21 @@ def run(request: Request) -> Record:
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
         progress=request.progress, title=f"table2, {request.scale}",
     )  # fmt: skip
-    return record(request.scale, variants, seeds, results)
+    made_by = sweep_provenance(request.out, results)
+    return record(request.scale, variants, seeds, results, made_by)
 
 
 # ---- the record ----
 
 
-def record(scale_name: str, variants: tuple[str, ...], seeds: list[int], results: dict[str, Any]) -> Record:
-    """The table beside the paper's, from the results by job id."""
+def record(
+    scale_name: str,
+    variants: tuple[str, ...],
+    seeds: list[int],
+    results: dict[str, Any],
+    made_by: dict[str, dict[str, Any] | None],
+) -> Record:
+    """The table beside the paper's, from the results by job id and what made each of them."""
     scale = SCALES[scale_name]
 
     def found(variant: str, c: Configuration) -> list[dict[str, Any]]:
@@ -244,7 +251,7 @@ def record(scale_name: str, variants: tuple[str, ...], seeds: list[int], results
         verdict=verdict,
         tables=[*tables, _paper_table()],
         figures=[*figures, _gain_figure(variants, found)],
-        notes=_notes(scale_name, scale, variants, results, seconds),
+        notes=[*_notes(scale_name, scale, variants, results, seconds), *_origin(made_by)],
         config={"item": "table2", "scale": scale_name, "variants": list(variants), "sizes": asdict(scale)},
         seeds=seeds,
         provenance=provenance(),
@@ -429,6 +436,15 @@ def _notes(
             "The released variant looks at the test set to stop, as the released code does; the others never see it."
         )
     return notes
+
+
+def _origin(made_by: dict[str, dict[str, Any] | None]) -> list[str]:
+    """Runs may be older than the record that gathers them, or come from different machines: say which code made them."""
+    found = {(p["commit"] or f"version {p['ssmlens']}", p["device"], p["threads"]) for p in made_by.values() if p}
+    said = [
+        f"{commit} on {device} with {threads} thread{'s' * (threads != 1)}" for commit, device, threads in sorted(found)
+    ]
+    return [f"Runs made by {'; '.join(said)}."] if said else []
 
 
 ITEM = Item(

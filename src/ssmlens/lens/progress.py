@@ -3,6 +3,8 @@
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from ssmlens.progress import bars
+
 
 class Progress(Protocol):
     def begin(self, what: str, steps: int) -> None:
@@ -24,14 +26,7 @@ class Bars:
     """One bar per measurement with its time left, on stderr (stdout is the record's where --json asks for it)."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        self._bars = RichProgress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-        )  # fmt: skip
+        self._bars = bars("{task.percentage:>3.0f}%")
         self._task: Any = None
 
     def begin(self, what: str, steps: int) -> None:

@@ -68,6 +68,11 @@ def latest(directory: Path) -> Path | None:
     return next((path for path in _all(directory) if complete(path)), None)
 
 
+def newest(directory: Path) -> Path | None:
+    """The checkpoint with the highest step, complete or damaged, or None."""
+    return next(iter(_all(directory)), None)
+
+
 def complete(path: Path) -> bool:
     """Whether every file of a checkpoint is there and is what its manifest says."""
     try:

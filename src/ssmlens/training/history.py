@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmlens.errors import UserError
+
 Row = dict[str, Any]
 
 
@@ -32,7 +34,10 @@ class History:
         self._file.truncate(min(size, there))
         self._file.seek(0)
         whole = self._file.read().rpartition(b"\n")[0]
-        self.rows = [json.loads(line) for line in whole.splitlines()]
+        try:
+            self.rows = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:  # not JSON, or not even text
+            raise UserError(f"{self.path} is damaged ({error}); delete the run's directory to begin again") from None
         return there >= size
 
     def append(self, row: Row) -> None:

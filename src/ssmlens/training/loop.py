@@ -137,8 +137,12 @@ class _Run:
     def start(self, resume: bool) -> None:
         self._lock()
         latest = checkpoints.latest(self.checkpoints)
-        if latest is not None and not resume:
+        newest = checkpoints.newest(self.checkpoints)
+        if newest is not None and not resume:
             raise UserError(f"{self.out_dir} holds a run already: resume it (--resume) or choose another directory")
+        if newest != latest and newest is not None:
+            where = f"from {latest.name}" if latest is not None else "from the start"
+            self.log(f"note: checkpoint {newest.name} is damaged; continuing {where}")
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
         if latest is not None:
             self._restore(latest)

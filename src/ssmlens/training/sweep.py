@@ -144,7 +144,10 @@ def _finished(tasks: list[Task], out_dir: Path, resume: bool) -> set[str]:
 
 
 def _result(task: Task) -> dict[str, Any]:
-    record: dict[str, Any] = _json(task.directory / "result.json")
+    path = task.directory / "result.json"
+    record: dict[str, Any] = _json(path)
+    if not isinstance(record, dict) or not {"fingerprint", "result"} <= set(record) or not record["result"]:
+        raise UserError(f"{path} is damaged; delete its directory to run it again")
     return record
 
 
