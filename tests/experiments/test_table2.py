@@ -112,5 +112,5 @@ def test_a_damaged_result_is_named(tmp_path, content):
     request = Request(scale="smoke", out=tmp_path, seeds=1, processes=0, progress=False)
     ITEMS["table2"].run(request)
     (tmp_path / "runs" / "corrected-one-2-seed0" / "result.json").write_text(content)
-    with pytest.raises(UserError, match="damaged|another configuration"):
+    with pytest.raises(UserError, match=r"damaged|another configuration"):
         ITEMS["table2"].run(Request(scale="smoke", out=tmp_path, seeds=1, processes=0, progress=False, resume=True))

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import warnings
+from typing import Any
 
 
 def main() -> None:
@@ -13,6 +15,7 @@ def main() -> None:
     from ssmlens.cli.app import app
     from ssmlens.errors import UserError
 
+    warnings.showwarning = _warn
     try:
         code = app(standalone_mode=False)
     except UserError as e:
@@ -35,6 +38,12 @@ def main() -> None:
     if code == 130:  # typer has caught the Ctrl-C itself
         _fail("interrupted; what was finished is kept", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning of ours as one line, without the place in the source; other libraries' are not for users of a command."""
+    if issubclass(category, RuntimeWarning):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:
