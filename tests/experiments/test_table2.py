@@ -95,7 +95,11 @@ def test_a_claim_must_survive_all_the_others():
     weak = Value(value=10.0, stderr=2.2, n=3)  # p = 0.045 alone
     assert weak.p_value() == pytest.approx(0.045, abs=0.002)
     gains = {"corrected": {c.id: weak for c in table2.CONFIGURATIONS if c.ones or c.zeros} | {"both-2": clear}}
-    said = {s.split(":")[0]: s for s in table2._sentences(gains)}
+    lead, *each = table2._sentences(gains)
+    assert lead == "corrected: both at 2 layers helps."
+    said = {s.split(":")[0]: s for s in each}
+    nothing = {"corrected": dict.fromkeys(gains["corrected"], weak)}
+    assert "can be told from chance" in table2._sentences(nothing)[0]
     assert "helps" in said["corrected, 2 layers, channels at 1 and 0"]
     assert "no difference that these seeds can show" in said["corrected, 4 layers, one channel at 1"]
 

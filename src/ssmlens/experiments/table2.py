@@ -237,7 +237,7 @@ def record(
             c.id: _gain(found(variant, c), found(variant, _baseline(c))) for c in CONFIGURATIONS if c.ones or c.zeros
         }
         tables.append(_table(variant, scale, cells, gains, found))
-        figures.append(_figure(variant, scale, cells))
+        figures += [_seeds_figure(variant, seeds, scale, found), _figure(variant, scale, cells)]
         all_gains[variant] = gains
     verdict = _sentences(all_gains)
     if scale_name == "smoke":
@@ -352,19 +352,50 @@ def _figure(variant: str, scale: Scale, cells: dict[str, list[Value]]) -> Figure
     )  # fmt: skip
 
 
+def _seeds_figure(variant: str, seeds: list[int], scale: Scale, found: Any) -> Figure:
+    """Every run: a mean would hide that some have found the association and some have not."""
+    names = [f"{c.label}, {c.layers} layers" for c in CONFIGURATIONS]
+    series = [
+        Series(name=f"seed {seed}", x=names, y=[_average(found(variant, c)[i]) for c in CONFIGURATIONS], style="points")
+        for i, seed in enumerate(seeds)
+    ]
+    guess = _guessing(scale)
+    series.append(
+        Series(
+            name="guessing among the values in the sequence",
+            x=names,
+            y=[guess] * len(names),
+            style="fit",
+            group="paper",
+        )
+    )
+    return Figure(
+        id=f"seeds-{variant}", title=f"Every run, {variant}", x_label="configuration", y_label="average accuracy (%)", x_scale="category",
+        series=series,
+        meaning="One point a run. Runs at the line know which values occur in the sequence, not which belongs to the key.",
+        method="Average over the three numbers of pairs.",
+    )  # fmt: skip
+
+
+def _guessing(scale: Scale) -> float:
+    """Accuracy (%) of answering with any value of the sequence."""
+    return sum(100 / k for k in scale.pairs) / len(scale.pairs)
+
+
 def _gain_figure(variants: tuple[str, ...], found: Any) -> Figure:
     rows = [c for c in CONFIGURATIONS if c.ones or c.zeros]
-    names = [f"{c.label}, {c.layers}" for c in rows]
+    names = {c.id: f"{c.label}, {c.layers} layers" for c in rows}
     series = []
     for variant in variants:
         gains = [_gain(found(variant, c), found(variant, _baseline(c))) for c in rows]
-        series.append(Series(name=variant, x=names, y=[g.value for g in gains], stderr=[g.stderr or 0.0 for g in gains],
+        series.append(Series(name=variant, x=list(names.values()), y=[g.value for g in gains], stderr=[g.stderr or 0.0 for g in gains],
                              style="bar", group=variant))  # fmt: skip
-    nan = float("nan")
-    paper = [g if (g := _paper_gain(c)) is not None else nan for c in rows]
-    series.append(Series(name="paper (length 1024)", x=names, y=paper, style="points", group="paper"))
+    paper = {names[c.id]: gain for c in rows if (gain := _paper_gain(c)) is not None}
+    series.append(
+        Series(name="paper (length 1024)", x=list(paper), y=list(paper.values()), style="points", group="paper")
+    )
     return Figure(
-        id="gain", title="What polarization adds to the average accuracy", x_label="pinned state channels, layers",
+        id="gain", title="What polarization adds to the average accuracy", x_label="pinned state channels, depth",
         y_label="gain over default (points)", x_scale="category", series=series,
         meaning="Above zero: polarization helps. The paper's gains are at other sizes, so compare signs and order, not heights.",
         method="Difference of the averages over three numbers of pairs, seed by seed; bars are standard errors over seeds.",
@@ -390,6 +421,13 @@ def _sentences(gains: dict[str, dict[str, Value]]) -> list[str]:
     tests = {f"{v} {c}": p for v, by in gains.items() for c, g in by.items() if (p := g.p_value()) is not None}
     adjusted = holm(tests)
     out = []
+    for variant, by in gains.items():
+        sure = [c for c in CONFIGURATIONS if adjusted.get(f"{variant} {c.id}", 1.0) < 0.05]
+        if sure:
+            words = (f"{c.label} at {c.layers} layers {'helps' if by[c.id].value > 0 else 'hurts'}" for c in sure)
+            out.append(f"{variant}: {'; '.join(words)}.")
+        else:
+            out.append(f"{variant}: no gain or loss by polarization can be told from chance with these seeds.")
     for variant, by in gains.items():
         for c in CONFIGURATIONS:
             if c.id not in by:
@@ -428,6 +466,12 @@ def _notes(
         notes.append(
             "The learning rates were chosen with the default model of each variant and depth. Compare configurations within a variant and "
             "depth, not variants with each other."
+        )
+    unfinished = sum(_average(r) < 1.3 * _guessing(scale) for r in results.values())
+    if unfinished:
+        notes.append(
+            f"{unfinished} of {len(results)} runs end no better than 1.3 times guessing among the values in the sequence: they had not found "
+            "the association when the steps were over. Where that is a matter of chance, a mean over few seeds says little."
         )
     if stopped := [name for name, r in results.items() if r["finished"] == "early_stop"]:
         notes.append(f"{len(stopped)} runs ended early, at 99 % of the test set: {', '.join(stopped)}.")
