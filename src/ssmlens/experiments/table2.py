@@ -439,8 +439,13 @@ def _sentences(gains: dict[str, dict[str, Value]]) -> list[str]:
             if bounds is None:
                 text = f"{gain.value:+.1f} points from one seed, which says nothing about chance"
             else:
-                found = adjusted[f"{variant} {c.id}"] < 0.05
-                says = ("helps" if gain.value > 0 else "hurts") if found else "no difference that these seeds can show"
+                name_of_test = f"{variant} {c.id}"
+                if adjusted[name_of_test] < 0.05:
+                    says = "helps" if gain.value > 0 else "hurts"
+                elif tests[name_of_test] < 0.05:
+                    says = f"alone it would count, among {len(tests)} gains it may be chance"
+                else:
+                    says = "no difference that these seeds can show"
                 text = f"{gain.value:+.1f} points (95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}): {says}"
             out.append(f"{variant}, {c.layers} layers, {name}: {text} ({beside}).")
     return out
