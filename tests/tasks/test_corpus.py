@@ -96,7 +96,7 @@ def test_text_file_holds_out_its_end(tmp_path: Path) -> None:
         (b"\x7fELF\x00\x01", "binary"),
         ("naïve".encode("latin-1"), "not UTF-8 (byte 2)"),
         (None, "there is no text file"),
-        ("folder", "cannot read"),
+        ("folder", "not a regular file"),
     ],
 )
 def test_files_that_are_no_text(tmp_path: Path, content: Any, message: str) -> None:

@@ -90,7 +90,7 @@ SCALES = {
         released_lr={2: 4e-3, 4: 4e-3}, warmup_steps=2, clip=1.0, test_examples=32, seeds=2, variants=("corrected",),
     ),
     "laptop": Scale(
-        lengths=(8, 16, 32, 64), vocab_size=64, d_model=64, batch_size=64, steps=2000, epochs=64, lr={2: 1e-2, 4: 5e-3},
+        lengths=(8, 16, 32, 64), vocab_size=64, d_model=64, batch_size=64, steps=5000, epochs=64, lr={2: 1e-2, 4: 5e-3},
         released_lr={2: 2e-2, 4: 1e-2}, warmup_steps=100, clip=1.0, test_examples=500, seeds=3, variants=("corrected", "released"),
     ),
     "paper": Scale(
