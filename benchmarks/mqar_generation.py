@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ssmlens.experiments import table2
+from ssmlens.experiments import recall
 from ssmlens.models import LanguageModel
 from ssmlens.tasks.mqar import MqarStream, sample
 
@@ -81,9 +81,9 @@ def main() -> None:
 
 def share_of_a_step() -> tuple[float, float]:
     """Median seconds of a batch from the stream, and of a training step on it, at the laptop scale of table 2, 2 layers."""
-    scale = table2.SCALES["laptop"]
-    stream = MqarStream(table2.data(scale, "corrected", 0))
-    model = LanguageModel(table2.model(scale, table2.CONFIGURATIONS[0], "corrected"))
+    scale = recall.SCALES["laptop"]
+    stream = MqarStream(recall.data(scale, "corrected", 0))
+    model = LanguageModel(recall.model(scale, recall.CONFIGURATIONS[0], "corrected"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     steps = iter(range(10**6))
 

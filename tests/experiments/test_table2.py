@@ -4,34 +4,34 @@ import pytest
 import torch
 
 from ssmlens.errors import UserError
-from ssmlens.experiments import ITEMS, Request, table2
+from ssmlens.experiments import ITEMS, Request, recall, table2
 from ssmlens.experiments.base import holm
 from ssmlens.models import LanguageModel
 from ssmlens.results import Record, Value
 
 
 def test_the_eight_configurations_and_the_papers_numbers():
-    assert len(table2.CONFIGURATIONS) == 8
-    missing = [c for c in table2.CONFIGURATIONS if c.paper is None]
+    assert len(recall.CONFIGURATIONS) == 8
+    missing = [c for c in recall.CONFIGURATIONS if c.paper is None]
     assert [(c.ones, c.zeros, c.layers) for c in missing] == [(1, 0, 4)]
-    averages = {c.id: round(sum(c.paper) / 3, 2) for c in table2.CONFIGURATIONS if c.paper}
+    averages = {c.id: round(sum(c.paper) / 3, 2) for c in recall.CONFIGURATIONS if c.paper}
     assert averages == {"default-2": 72.06, "default-4": 71.61, "one-2": 83.63, "zero-2": 72.1, "zero-4": 81.38,
                         "both-2": 83.17, "both-4": 93.43}  # fmt: skip
 
 
 def test_the_paper_scale_is_the_papers():
-    scale = table2.SCALES["paper"]
+    scale = recall.SCALES["paper"]
     assert (scale.length, scale.vocab_size, scale.d_model, scale.batch_size, scale.epochs) == (1024, 8192, 128, 128, 64)
     assert set(scale.lr.values()) == set(scale.released_lr.values()) == {1e-3}
     assert scale.pairs == (64, 128, 256)
-    released = table2.data(scale, "released", 0)
+    released = recall.data(scale, "released", 0)
     assert [(s.length, s.pairs, s.examples) for s in released.train][:2] == [(64, 4, 100_000), (128, 8, 20_000)]
     assert released.order == "released"
-    corrected = table2.data(scale, "corrected", 0)
+    corrected = recall.data(scale, "corrected", 0)
     assert len(corrected.train) == 15
     assert {s.length for s in corrected.train} == {64, 128, 256, 512, 1024}
     assert not corrected.on_the_fly
-    training = table2.training(scale, "released", 2, 0, 2500)
+    training = recall.training(scale, "released", 2, 0, 2500)
     assert (training.steps, training.schedule, training.early_stop, training.early_stop_on) == (
         64 * 2500,
         "cosine_epoch",
@@ -40,12 +40,12 @@ def test_the_paper_scale_is_the_papers():
     )
 
 
-@pytest.mark.parametrize("variant", table2.VARIANTS)
+@pytest.mark.parametrize("variant", recall.VARIANTS)
 def test_what_a_variant_changes(variant):
-    scale = table2.SCALES["laptop"]
-    both = next(c for c in table2.CONFIGURATIONS if c.id == "both-2")
+    scale = recall.SCALES["laptop"]
+    both = next(c for c in recall.CONFIGURATIONS if c.id == "both-2")
     torch.manual_seed(0)
-    mixer = LanguageModel(table2.model(scale, both, variant)).backbone.blocks[0].mixer
+    mixer = LanguageModel(recall.model(scale, both, variant)).backbone.blocks[0].mixer
     dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
     assert mixer.d_state == 18
     if variant == "released":
@@ -55,7 +55,7 @@ def test_what_a_variant_changes(variant):
         assert torch.isneginf(mixer.A()[:, -1]).all()
         low, high = (0.001, 0.1) if variant == "corrected" else (0.016, 0.8)
         assert 0.9 * low < dt.min() < dt.max() < 1.1 * high
-    assert table2.training(scale, variant, 2, 0, 10).early_stop == (0.99 if variant == "released" else None)
+    assert recall.training(scale, variant, 2, 0, 10).early_stop == (0.99 if variant == "released" else None)
 
 
 def test_smoke_runs_resumes_and_repeats(tmp_path):
@@ -94,7 +94,7 @@ def test_a_claim_must_survive_all_the_others():
     clear = Value(value=10.0, stderr=0.1, n=3)
     weak = Value(value=10.0, stderr=2.2, n=3)  # p = 0.045 alone
     assert weak.p_value() == pytest.approx(0.045, abs=0.002)
-    gains = {"corrected": {c.id: weak for c in table2.CONFIGURATIONS if c.ones or c.zeros} | {"both-2": clear}}
+    gains = {"corrected": {c.id: weak for c in recall.CONFIGURATIONS if c.ones or c.zeros} | {"both-2": clear}}
     lead, *each = table2._sentences(gains)
     assert lead == "corrected: both at 2 layers helps."
     said = {s.split(":")[0]: s for s in each}

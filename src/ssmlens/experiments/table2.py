@@ -1,196 +1,27 @@
-"""Tables 2 and 5 of the paper: multi-query associative recall by Mamba, with one state channel at one, one at zero, both.
+"""Tables 2 and 5 of the paper: associative recall by default and polarized Mamba, beside the paper's numbers.
 
-Eight configurations, the paper's seven and the one it leaves out (one channel at 1, 4 layers), each in up to three variants:
+What is trained is in `recall.py`; here the runs are made, and their results become a record."""
 
-    corrected   Mamba's own Δ initialisation and weight-decay groups, channels at exactly 0 and 1, shuffled data; at paper scale
-                the training mix of the paper's text
-    released    what the paper's code runs: Δ's bias zeroed, decay on everything, -100 for the zero channel, data in order, early
-                stop at 99 % on the test set (SPEC.md §4); at paper scale the training mix of that code
-    rescaled    corrected, with Δ's initial range scaled from length 1024 to the length at hand, so that a sequence is as many
-                half-lives long as it is in the paper; differs from corrected only below paper scale
-
-A variant is not compared with another: at laptop scale each has the learning rate at which its default model learns.
-"""
-
-import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from ssmlens.experiments.base import Item, Request, choose, holm
-from ssmlens.models import LanguageModel, LanguageModelConfig
+from ssmlens.experiments.recall import (
+    CONFIGURATIONS,
+    DT_RANGE,
+    PAPER_LENGTH,
+    SCALES,
+    VARIANTS,
+    Configuration,
+    Scale,
+    data,
+    model,
+    training,
+    work,
+)
 from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance
 from ssmlens.tasks import mqar
-from ssmlens.training import TrainConfig, sweep, sweep_provenance, train
-from ssmlens.training.schedulers import Report
-
-PAPER_LENGTH = 1024
-DT_RANGE = (0.001, 0.1)  # Mamba's, with which the paper's length is about 1.5 half-lives of the slowest channel
-VARIANTS = ("corrected", "released", "rescaled")
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One row of the table. paper: accuracy in % at 64, 128, 256 pairs and length 1024."""
-
-    id: str
-    label: str
-    ones: int
-    zeros: int
-    layers: int
-    paper: tuple[float, float, float] | None
-
-
-CONFIGURATIONS = (
-    Configuration("default-2", "default Mamba", 0, 0, 2, (98.38, 81.81, 36.00)),
-    Configuration("default-4", "default Mamba", 0, 0, 4, (99.23, 82.08, 33.52)),
-    Configuration("one-2", "one channel at 1", 1, 0, 2, (99.81, 94.70, 56.39)),
-    Configuration("one-4", "one channel at 1", 1, 0, 4, None),
-    Configuration("zero-2", "one channel at 0", 0, 1, 2, (98.41, 81.35, 36.55)),
-    Configuration("zero-4", "one channel at 0", 0, 1, 4, (99.74, 92.20, 52.21)),
-    Configuration("both-2", "both", 1, 1, 2, (99.23, 95.54, 54.74)),
-    Configuration("both-4", "both", 1, 1, 4, (99.94, 98.80, 81.56)),
-)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes. The longest of `lengths` is measured on, with 1/16, 1/8 and 1/4 of it as numbers of pairs, as in the paper.
-    steps: None for `epochs` passes over the paper's training mix with its schedule, a cosine stepped once an epoch; else so many
-    steps on fresh examples, cosine at every step. epochs: how often the data is gone through, and the early stop looked at."""
-
-    lengths: tuple[int, ...]
-    vocab_size: int
-    d_model: int
-    batch_size: int
-    steps: int | None  # None: `epochs` over the paper's training mix
-    epochs: int
-    lr: dict[int, float]  # by number of layers: recall is learned only near the right one, which differs with depth
-    released_lr: dict[int, float]  # of the released variant, whose initialisation learns at other rates
-    warmup_steps: int
-    clip: float | None
-    test_examples: int
-    seeds: int
-    variants: tuple[str, ...]
-
-    @property
-    def length(self) -> int:
-        return max(self.lengths)
-
-    @property
-    def pairs(self) -> tuple[int, int, int]:
-        return self.length // 16, self.length // 8, self.length // 4
-
-
-SCALES = {
-    "smoke": Scale(
-        lengths=(16, 32), vocab_size=32, d_model=16, batch_size=16, steps=12, epochs=2, lr={2: 4e-3, 4: 4e-3},
-        released_lr={2: 4e-3, 4: 4e-3}, warmup_steps=2, clip=1.0, test_examples=32, seeds=2, variants=("corrected",),
-    ),
-    "laptop": Scale(
-        lengths=(8, 16, 32, 64), vocab_size=64, d_model=64, batch_size=64, steps=5000, epochs=64, lr={2: 1e-2, 4: 5e-3},
-        released_lr={2: 2e-2, 4: 1e-2}, warmup_steps=100, clip=1.0, test_examples=500, seeds=3, variants=("corrected", "released"),
-    ),
-    "paper": Scale(
-        lengths=(64, 128, 256, 512, PAPER_LENGTH), vocab_size=8192, d_model=128, batch_size=128, steps=None, epochs=64,
-        lr={2: 1e-3, 4: 1e-3}, released_lr={2: 1e-3, 4: 1e-3}, warmup_steps=0, clip=None, test_examples=1000, seeds=3, variants=("corrected", "released"),
-    ),
-}  # fmt: skip
-
-
-def data(scale: Scale, variant: str, seed: int) -> mqar.MqarConfig:
-    """The task. At paper scale the training mixes are the paper's (text or released code), a finite set; below it every batch
-    is drawn afresh, more of the shorter lengths, each with the same three shares of pairs (at least one): memorising plays no part."""
-    tests = mqar.paper_test_segments(scale.length, scale.test_examples)
-    if scale.steps is None:
-        mix = mqar.released_mix(scale.length) if variant == "released" else mqar.paper_text_mix(scale.lengths)
-    else:
-        shapes = sorted({(n, max(1, n // share)) for n in scale.lengths for share in (16, 8, 4)})
-        per_length = {n: sum(length == n for length, _ in shapes) for n in scale.lengths}
-        # the shorter the more, as in the released mix: short sequences are where the association is first learned, and cheap
-        share = {n: math.sqrt(scale.length / n) for n in scale.lengths}
-        rows = scale.steps / scale.epochs * scale.batch_size / sum(share.values())
-        mix = tuple(
-            mqar.Segment(length=n, pairs=k, examples=max(1, round(rows * share[n] / per_length[n]))) for n, k in shapes
-        )
-    return mqar.MqarConfig(
-        vocab_size=scale.vocab_size, train=mix, test=tests, batch_size=scale.batch_size, seed=seed,
-        order="released" if variant == "released" else "shuffled", on_the_fly=scale.steps is not None,
-    )  # fmt: skip
-
-
-def model(scale: Scale, configuration: Configuration, variant: str) -> LanguageModelConfig:
-    dt_min, dt_max = DT_RANGE
-    if variant == "rescaled":
-        dt_min, dt_max = (dt * PAPER_LENGTH / scale.length for dt in DT_RANGE)
-        dt_max = min(dt_max, 0.8)  # at 1.6 the fastest ordinary channels would begin as good as at zero
-    mixer = {"dt_min": dt_min, "dt_max": dt_max, "initialization": "released" if variant == "released" else "authors"}
-    polarization: dict[str, Any] | None = None
-    if configuration.ones or configuration.zeros:
-        polarization = {"ones": configuration.ones, "zeros": configuration.zeros}
-        if variant == "released":
-            polarization["zero"] = -100.0
-    return LanguageModelConfig(
-        vocab_size=scale.vocab_size, d_model=scale.d_model, n_layers=configuration.layers, mixer="mamba", mixer_config=mixer,
-        polarization=polarization, tie_word_embeddings=True,
-    )  # fmt: skip
-
-
-def training(scale: Scale, variant: str, layers: int, seed: int, batches_per_epoch: int) -> TrainConfig:
-    per_epoch = batches_per_epoch if scale.steps is None else max(1, scale.steps // scale.epochs)
-    released = variant == "released"
-    return TrainConfig(
-        steps=scale.epochs * batches_per_epoch if scale.steps is None else scale.steps,
-        lr=(scale.released_lr if released else scale.lr)[layers], weight_decay=0.1, warmup_steps=scale.warmup_steps, clip=scale.clip, seed=seed,
-        schedule="cosine_epoch" if scale.steps is None else "cosine", checkpoint_every=500,
-        eval_every=per_epoch if released else None,
-        early_stop=0.99 if released else None, early_stop_on="released" if released else "validation",
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def accuracy(lm: torch.nn.Module, batches: Any) -> dict[int, float]:
-    """Share of right answers by number of pairs."""
-    correct: dict[int, int] = {}
-    asked: dict[int, int] = {}
-    device = next(lm.parameters()).device
-    for batch in batches:
-        out = lm(torch.as_tensor(batch.tokens).to(device), targets=torch.as_tensor(batch.targets).to(device))
-        k = batch.group.pairs
-        correct[k] = correct.get(k, 0) + int(out.n_correct)
-        asked[k] = asked.get(k, 0) + int(out.n_targets)
-    return {k: correct[k] / asked[k] for k in sorted(asked)}
-
-
-def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
-    """One run, in a process of its own; resumes from what is in `directory`."""
-    scale = SCALES[config["scale"]]
-    configuration = next(c for c in CONFIGURATIONS if c.id == config["configuration"])
-    variant, seed = config["variant"], config["seed"]
-    stream = mqar.MqarStream(data(scale, variant, seed))
-    torch.manual_seed(seed)
-    lm = LanguageModel(model(scale, configuration, variant))
-    settings = training(scale, variant, configuration.layers, seed, stream.batches_per_epoch)
-
-    def evaluate(lm: torch.nn.Module) -> dict[str, float]:
-        by_pairs = accuracy(lm, stream.test())
-        mean_accuracy = sum(by_pairs.values()) / len(by_pairs)
-        return {**{str(k): v for k, v in by_pairs.items()}, "accuracy": mean_accuracy, "test_accuracy": mean_accuracy}
-
-    result = train(
-        lm, stream, settings, directory, evaluate=evaluate, resume=True, progress=report,
-        optimizer_groups=lm.parameter_groups(settings.weight_decay, "released" if variant == "released" else "corrected"),
-    )  # fmt: skip
-    return {
-        "accuracy": {k: v for k, v in result.metrics.items() if k.isdigit()},
-        "parameters": sum(p.numel() for p in lm.parameters()),
-        "steps": result.step,
-        "finished": result.finished,
-        "seconds": result.seconds,
-        "loss": [[row["step"], row["loss"]] for row in result.history[:: max(1, len(result.history) // 40)]],
-    }
+from ssmlens.training import sweep, sweep_provenance
 
 
 def run(request: Request) -> Record:
