@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ssmlens.ops import reference
 
 WIDE = 4096  # numbers a token: above it one more torch call a token costs less than a second pass over memory
-BLOCK = 1 << 23  # numbers (a_t or u_t) a block: tens of MB, large enough to hide the cost of a block
+BLOCK = 1 << 20  # numbers (a_t or u_t) a block: a few MB, which stay in cache
 
 
 def _scan(a: Tensor, u: Tensor, h0: Tensor | None) -> Tensor:
