@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from cases import needs_compiler
 
 from ssmlens.ops import cpu
 from ssmlens.ops.cpu import build
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = needs_compiler
 
 REPORT = """
 import warnings
@@ -154,3 +155,7 @@ def test_the_key_depends_on_the_compiler_and_the_flags(tmp_path: Path, monkeypat
     assert build.cache_key([str(fake_compiler(tmp_path, "pass"))]) != real
     monkeypatch.setattr(build, "processor", lambda: "another one")
     assert build.cache_key(build.find_compiler()) != real
+
+
+def test_where_there_is_a_compiler_the_kernels_are_there():
+    assert cpu.available(), cpu.why_unavailable()

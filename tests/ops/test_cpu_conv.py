@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import needs_compiler
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssmlens.ops import cpu
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 

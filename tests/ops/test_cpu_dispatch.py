@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import needs_compiler
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ssmlens.ops import cpu
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = needs_compiler
 BATCH, LENGTH, D, N = 2, 6, 5, 3
 
 

@@ -5,11 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cases import needs_compiler
 
-from ssmlens.ops import cpu
 from ssmlens.ops.cpu import build
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = needs_compiler
 AVX2 = pytest.mark.skipif("avx2" not in build.processor() or platform.machine() != "x86_64", reason="no AVX2")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 

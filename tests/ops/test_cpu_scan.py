@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ssmlens.ops import cpu
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+pytestmark = needs_compiler
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0")
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssmlens.ops.cpu.build import why_unavailable
+
 Maybe = Tensor | None
 
 _ARGUMENTS = (
@@ -41,6 +43,10 @@ def _operator(name: str, allocate: Callable[..., Any], run: Callable[..., None])
     """Registers an operator: `allocate(*arguments)` gives its outputs, which is all a fake tensor needs; `run` fills them."""
 
     def implementation(*arguments: Any) -> Any:
+        if (
+            reason := why_unavailable()
+        ) is not None:  # also loads it: an operator may be called without a look at available()
+            raise RuntimeError(f"ssmlens::{name} needs the CPU kernels: {reason}")
         outputs = allocate(*arguments)
         run(outputs, *arguments)
         return outputs
