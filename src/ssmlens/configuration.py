@@ -24,7 +24,14 @@ class Config(BaseModel):
         try:
             return handler(data)
         except ValidationError as error:
-            raise UserError(f"{name}: {'; '.join(map(_fault, error.errors()))}") from None
+            raise _plain(name, error) from None
+
+    # A subclass's own validators of the whole run outside of the one above.
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _plain(type(self).__name__, error) from None
 
     @classmethod
     def of(cls, values: Mapping[str, Any], what: str) -> Self:
@@ -33,8 +40,14 @@ class Config(BaseModel):
             return cls.model_validate(values)
         except UserError as e:
             raise UserError(f"{what}: {e}") from None
+        except ValidationError as error:
+            raise UserError(f"{what}: {_plain(cls.__name__, error)}") from None
+
+
+def _plain(name: str, error: ValidationError) -> UserError:
+    return UserError(f"{name}: {'; '.join(map(_fault, error.errors()))}")
 
 
 def _fault(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"])) or "value"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"
+    where = ".".join(map(str, problem["loc"]))
+    return (f"{where}: " if where else "") + problem["msg"].removeprefix("Value error, ")

@@ -5,7 +5,7 @@ import torch
 from cases import close
 
 from ssmlens.errors import UserError
-from ssmlens.models import LanguageModel, LanguageModelConfig
+from ssmlens.models import LanguageModel, LanguageModelConfig, backbone
 
 
 def make(polarized=True, **fields):
@@ -144,6 +144,7 @@ def test_packed_sequences():
         ({"polarization": {"ones": 0, "zeros": 0}}, "no polarization"),
         ({"polarization": {"zeross": 1}}, "did you mean 'zeros'"),
         ({"d_model": 0}, "d_model"),
+        ({"mixer_config": {"dt_min": 1.0}}, "above dt_max"),
     ],
 )
 def test_wrong_configurations_are_named(fields, message):
@@ -213,3 +214,57 @@ def test_defaults_are_saved_and_transformers_knows_the_model(tmp_path):
 def test_meta_device():
     model = make().to("meta")
     assert model(torch.zeros(2, 5, dtype=torch.long, device="meta")).logits.shape == (2, 5, 40)
+
+
+def test_long_inputs_go_through_in_segments(monkeypatch):
+    """Without gradients; the numbers are those of one pass, padding, packing and kept hidden states included."""
+    model, x = make(), tokens(length=37)
+    mask, reset = torch.ones(2, 37), torch.zeros(2, 37, dtype=torch.bool)
+    mask[0, :11] = 0
+    reset[1, 20] = True
+    call = {"input_ids": x, "attention_mask": mask, "reset": reset, "output_hidden_states": True, "use_cache": True}
+    lengths = []
+    with torch.no_grad():
+        whole = model(**call)
+        monkeypatch.setattr(backbone, "SEGMENT", 2 * 8)
+        model.backbone.blocks[0].register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+        pieces = model(**call)
+    assert lengths == [8, 8, 8, 8, 5]
+    real = mask.bool()
+    close(pieces.logits[real], whole.logits[real], torch.float32)
+    for got, want in zip(pieces.hidden_states, whole.hidden_states, strict=True):
+        close(got[real], want[real], torch.float32)
+    for got, want in zip(pieces.past_key_values.states, whole.past_key_values.states, strict=True):
+        for g, w in zip(got, want, strict=True):
+            close(g, w, torch.float32)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_blocks_with_an_mlp(tmp_path, mlp):
+    model, x = make(mlp=mlp, mlp_ratio=2.5), tokens()
+    block = model.backbone.blocks[1]
+    assert block.mlp.out_proj.weight.shape == (16, 40)
+    assert block.mixer.config.n_residuals == 4, "the mixer and the MLP of each block write into the residual stream"
+    assert block.mlp.out_proj.weight.abs().max() <= (1 / 40) ** 0.5 / 2
+    with torch.no_grad():
+        h = model.backbone.blocks[0](model.backbone.embed(x))[0]
+        middle = h + block.mixer(block.norm(h))[0]
+        close(block(h)[0], middle + block.mlp(block.mlp_norm(middle)), torch.float32)
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path)
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+def test_hybrids(tmp_path):
+    """A pattern of mixers is repeated over the layers, each with its own configuration; it survives saving."""
+    fields = {"n_layers": 5, "mixer": ["mamba", "mamba"], "mixer_config": {"mamba": {"d_state": 3}}}
+    model = make(**fields)
+    assert [b.mixer.d_state for b in model.backbone.blocks] == [5] * 5
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path)
+    assert again.config.architecture == model.config.architecture
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(UserError, match="'d_state' is not among its mixers"):
+        make(mixer=["mamba", "mamba"], mixer_config={"d_state": 3})
+    with pytest.raises(UserError, match="names no mixer"):
+        make(mixer=[])

@@ -3,11 +3,22 @@
 from typing import Any
 
 from ssmlens.errors import UserError, nearest
-from ssmlens.mixers.base import Mixer, MixerConfig
+from ssmlens.mixers.base import Mixer, MixerConfig, PlacedConfig
 from ssmlens.mixers.mamba import Mamba, MambaConfig
 from ssmlens.polarization import Polarization
 
-__all__ = ["Mamba", "MambaConfig", "Mixer", "MixerConfig", "build", "configure", "names", "register"]
+__all__ = [
+    "Mamba",
+    "MambaConfig",
+    "Mixer",
+    "MixerConfig",
+    "build",
+    "configure",
+    "names",
+    "place",
+    "polarizable",
+    "register",
+]
 
 _REGISTRY: dict[str, type[Mixer]] = {}
 
@@ -19,6 +30,7 @@ def register(name: str, mixer: type[Mixer]) -> None:
 
 
 register("mamba", Mamba)
+register("mamba2", Mamba2)
 
 
 def names() -> list[str]:
@@ -28,9 +40,23 @@ def names() -> list[str]:
 
 def configure(name: str, config: dict[str, Any]) -> MixerConfig:
     """The validated configuration of the mixer `name`. Raises UserError naming an unknown mixer or key and the nearest known."""
+    return _class(name).config_class.of(config, f"mixer {name!r}")
+
+
+def _class(name: str) -> type[Mixer]:
     if name not in _REGISTRY:
         raise UserError(f"unknown mixer {name!r}{nearest(name, names())} (known: {', '.join(names())})")
-    return _REGISTRY[name].config_class.of(config, f"mixer {name!r}")
+    return _REGISTRY[name]
+
+
+def polarizable(name: str) -> bool:
+    """Whether the mixer `name` has transitions that polarization can pin."""
+    return _class(name).polarizable
+
+
+def place(name: str, layer: int, n_layers: int) -> dict[str, int]:
+    """The keys that tell a mixer of the family `name` where in a model it is; none where its authors do not care."""
+    return {"layer": layer, "n_layers": n_layers} if issubclass(_class(name).config_class, PlacedConfig) else {}
 
 
 def build(name: str, d_model: int, *, polarization: Polarization | None = None, **config: Any) -> Mixer:

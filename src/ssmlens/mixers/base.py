@@ -1,11 +1,13 @@
 """What a mixer must offer: the part of a block that mixes time. Everything else (the lens, polarization, training, generation)
 works on any module that does."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssmlens.configuration import Config
@@ -20,6 +22,29 @@ class MixerConfig(Config):
     n_residuals: int = Field(default=1, ge=1)
 
 
+class PlacedConfig(MixerConfig):
+    """Of a family whose authors initialise a layer by its place in the model: it is `layer` (from 0) of n_layers."""
+
+    layer: int = Field(default=0, ge=0)
+    n_layers: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _inside(self) -> "PlacedConfig":
+        if self.layer >= self.n_layers:
+            raise ValueError(f"layer {self.layer} of {self.n_layers}: layers are counted from 0")
+        return self
+
+    @property
+    def depth(self) -> float:
+        """0 for the first layer, 1 for the last."""
+        return self.layer / max(1, self.n_layers - 1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """State, decay and accumulation are float32 in a half-precision model, and float64 in a float64 one."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class Mixer(nn.Module, ABC):
     """A causal map (batch, length, d_model) → (batch, length, d_model) with a state of constant size.
 
@@ -28,7 +53,12 @@ class Mixer(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[MixerConfig]]
+    title: ClassVar[str]  # "Mamba"
+    source: ClassVar[str]  # who, when, where
+    transition: ClassVar[str]  # the structure of A_t: "real diagonal, input-dependent"
+    unit: ClassVar[str]  # what polarization pins: "a state channel of each inner channel"
     diagonal: ClassVar[bool] = True  # False: A_t is not diagonal (attention, DeltaNet), and `coefficients` refuses
+    polarizable: ClassVar[bool] = True  # False: nothing to pin (attention)
 
     def __init__(self, d_model: int, config: MixerConfig, polarization: Polarization | None) -> None:
         super().__init__()
@@ -48,9 +78,10 @@ class Mixer(nn.Module, ABC):
         """y and the state after the last token. mask: False at left padding, which leaves no trace in y and state.
         reset: True at the first token of each packed sequence."""
 
-    @abstractmethod
     def step(self, x: Float[Tensor, "batch d_model"], state: Any = None) -> tuple[Float[Tensor, "batch d_model"], Any]:
         """One token: what forward does at length 1."""
+        y, state = self.forward(x[:, None], state)
+        return y[:, 0], state
 
     @abstractmethod
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
@@ -60,6 +91,14 @@ class Mixer(nn.Module, ABC):
     def decode(self, states: Tensor, x: Float[Tensor, "batch length d_model"]) -> Tensor:
         """y from the states (batch, length, *state_shape) and the input: c_t and whatever surrounds it, so that
         decode(coefficients(x).states(), x) equals forward(x)[0]."""
+
+    def state_size(self) -> int:
+        """How many numbers the recurrent state of one sequence has. Raises ValueError where `coefficients` does."""
+        with torch.no_grad():
+            x = torch.zeros(
+                1, 1, self.d_model, dtype=next(self.parameters()).dtype, device=next(self.parameters()).device
+            )
+            return math.prod(self.coefficients(x).state_shape)
 
     @abstractmethod
     def reset_parameters(self) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens import ops
-from ssmlens.mixers.base import Mixer, MixerConfig
+from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
 from ssmlens.ops.reference import transition
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
@@ -52,11 +52,6 @@ class MambaConfig(MixerConfig):
         return self
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """State, decay and accumulation are float32 in a half-precision model, and float64 in a float64 one."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class MambaState(NamedTuple):
     conv: Float[Tensor, "batch d_conv-1 d_inner"]
     h: Float[Tensor, "batch d_inner d_state"]
@@ -74,6 +69,10 @@ class _Projected(NamedTuple):
 class Mamba(Mixer):
     config_class: ClassVar[type[MixerConfig]] = MambaConfig
     config: MambaConfig
+    title: ClassVar[str] = "Mamba"
+    source: ClassVar[str] = "Gu and Dao 2023, arXiv 2312.00752"
+    transition: ClassVar[str] = "real diagonal, input-dependent"
+    unit: ClassVar[str] = "a state channel of each inner channel"
 
     def __init__(self, d_model: int, config: MambaConfig, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)

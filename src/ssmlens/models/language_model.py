@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -19,29 +19,77 @@ from transformers.modeling_outputs import ModelOutput
 
 from ssmlens import mixers
 from ssmlens.configuration import Config
+from ssmlens.errors import UserError
 from ssmlens.mixers import Mixer
-from ssmlens.models.backbone import Backbone, Embedding, RMSNorm
+from ssmlens.models.backbone import MLP, Backbone, Block, Embedding, RMSNorm
 from ssmlens.polarization import Polarization
 from ssmlens.targets import IGNORED
 
 
 class Architecture(Config):
-    """What a language model is. mixer, mixer_config: a name of `ssmlens.mixers.names()` and the keys of its configuration."""
+    """What a language model is. mixer: a name of `ssmlens.mixers.names()`, or a list of names that is repeated until every layer has
+    one (a hybrid). mixer_config: the keys of the mixer's configuration; in a hybrid, these by name: {"attention": {"heads": 4}}.
+    polarization: of every mixer that can be polarized. mlp: after each mixer, of hidden width mlp_ratio · d_model."""
 
     vocab_size: int = Field(default=256, ge=1)
     d_model: int = Field(default=64, ge=1)
     n_layers: int = Field(default=2, ge=1, le=1000)
-    mixer: str = "mamba"
+    mixer: str | tuple[str, ...] = "mamba"
     mixer_config: dict[str, Any] = Field(default_factory=dict)
     polarization: Polarization | None = None
+    mlp: Literal["none", "gelu", "swiglu"] = "none"
+    mlp_ratio: float = Field(default=4.0, gt=0)
     tie_word_embeddings: bool = True
     norm_eps: float = Field(default=1e-5, gt=0)
 
-    def build_mixers(self) -> list[Mixer]:
-        return [
-            mixers.build(self.mixer, self.d_model, polarization=self.polarization, **self.mixer_config)
-            for _ in range(self.n_layers)
-        ]
+    @model_validator(mode="after")
+    def _has_mixers(self) -> "Architecture":
+        if not self.mixer:
+            raise ValueError("mixer names no mixer")
+        if isinstance(self.mixer, tuple):
+            unknown = [name for name in self.mixer_config if name not in self.mixer]
+            if unknown:
+                raise ValueError(
+                    f"mixer_config of a hybrid is {{mixer: its keys}}; {unknown[0]!r} is not among its mixers"
+                )
+        return self
+
+    @property
+    def n_residuals(self) -> int:
+        return self.n_layers * (1 if self.mlp == "none" else 2)
+
+    def mixers(self) -> list[str]:
+        """The mixer's name, layer by layer."""
+        pattern = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
+        return [pattern[i % len(pattern)] for i in range(self.n_layers)]
+
+    def complete(self) -> dict[str, Any]:
+        """mixer_config with every default spelled out. Raises UserError for unknown mixers and keys."""
+
+        def of(name: str, given: dict[str, Any]) -> dict[str, Any]:
+            return mixers.configure(name, {"n_residuals": self.n_residuals, **given}).model_dump(mode="json")
+
+        if isinstance(self.mixer, str):
+            return of(self.mixer, self.mixer_config)
+        return {name: of(name, self.mixer_config.get(name, {})) for name in dict.fromkeys(self.mixer)}
+
+    def build_blocks(self) -> list[Block]:
+        """Raises UserError where polarization is asked for and no mixer can have it."""
+        names, given = self.mixers(), self.complete()
+        if self.polarization and not any(mixers.polarizable(name) for name in names):
+            raise UserError(f"polarization is asked for, but {', '.join(dict.fromkeys(names))} cannot be polarized")
+        blocks = []
+        for i, name in enumerate(names):
+            config = given if isinstance(self.mixer, str) else given[name]
+            mixer = mixers.build(
+                name, self.d_model, polarization=self.polarization if mixers.polarizable(name) else None,
+                **config | mixers.place(name, i, self.n_layers),
+            )  # fmt: skip
+            mlp = None
+            if self.mlp != "none":
+                mlp = MLP(self.d_model, self.mlp, round(self.mlp_ratio * self.d_model), self.n_residuals)
+            blocks.append(Block(mixer, self.norm_eps, mlp))
+        return blocks
 
 
 # What transformers itself writes into a config.json; anything else that is not a field of Architecture is an error.
@@ -61,12 +109,9 @@ class LanguageModelConfig(PreTrainedConfig):
         theirs = {k: fields.pop(k) for k in list(fields) if k in _TRANSFORMERS_KEYS - set(Architecture.model_fields)}
         theirs.pop("model_type", None)
         architecture = Architecture.of(fields, "model configuration")
-        mixer = mixers.configure(
-            architecture.mixer, {"n_residuals": architecture.n_layers, **architecture.mixer_config}
-        )
         for name, value in architecture.model_dump(mode="json").items():
             setattr(self, name, value)
-        self.mixer_config = mixer.model_dump(mode="json")
+        self.mixer_config = architecture.complete()
         super().__init__(**theirs)
 
     @property
@@ -118,6 +163,12 @@ class LanguageModelOutput(ModelOutput):
     n_correct: Tensor | None = None
 
 
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum over rows, float32, in blocks: the probabilities of a long sequence are as large as its logits."""
+    blocks = zip(logits.split(1 << 16), targets.split(1 << 16), strict=True)
+    return torch.stack([F.cross_entropy(z.float(), t, reduction="sum") for z, t in blocks]).sum()
+
+
 class LanguageModel(PreTrainedModel, GenerationMixin):
     config_class = LanguageModelConfig
     base_model_prefix = "backbone"
@@ -130,7 +181,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config)
         architecture = config.architecture
-        self.backbone = Backbone(architecture.vocab_size, architecture.build_mixers(), architecture.norm_eps)
+        self.backbone = Backbone(architecture.vocab_size, architecture.build_blocks(), architecture.norm_eps)
         self.lm_head = nn.Linear(architecture.d_model, architecture.vocab_size, bias=False)
         self.post_init()
 
@@ -138,7 +189,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Each module initialises itself; transformers' own scheme would overwrite what a mixer sets up, biases first of all.
         What a checkpoint has already filled stays."""
-        if not isinstance(module, Mixer | RMSNorm | Embedding) and module is not self.lm_head:
+        if not isinstance(module, Mixer | MLP | RMSNorm | Embedding) and module is not self.lm_head:
             return
         loaded = {n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
         module.reset_parameters()
@@ -201,7 +252,7 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         wanted = targets[at]
         output.logits = self.lm_head(hidden[at])
         # the mean over no targets is NaN; a batch without any (packed data) must train on nothing instead
-        output.loss = F.cross_entropy(output.logits.float(), wanted, reduction="sum") / max(1, wanted.numel())
+        output.loss = _cross_entropy(output.logits, wanted) / max(1, wanted.numel())
         output.n_targets = at.sum()
         output.n_correct = (output.logits.argmax(-1) == wanted).sum()
         return output
