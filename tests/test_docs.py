@@ -24,15 +24,16 @@ def test_what_the_docs_say_works(page, tmp_path):
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    text = page.read_text(encoding="utf-8")
+    text, python = page.read_text(encoding="utf-8"), ""
     for info, body in blocks(page):
         if info == "toml":  # named by the "Saved as `NAME`" after it
             name = re.search(r"Saved as `([^`]+)`", text[text.index(body) :])
             assert name, f"{page.name}: a TOML block that is not saved"
             (tmp_path / name[1]).write_text(body)
-        elif info == "python":
-            run = subprocess.run([sys.executable, "-c", body], cwd=tmp_path, env=env, capture_output=True, text=True)
-            assert run.returncode == 0, f"{body}\n{run.stderr}"
+        elif info in ("python", "python continued"):
+            python = body if info == "python" else python + body
+            run = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert run.returncode == 0, f"{python}\n{run.stderr}"
         elif info == "sh":
             for line in filter(None, (line.split("#")[0].strip() for line in body.splitlines())):
                 run = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)

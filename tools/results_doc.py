@@ -6,6 +6,7 @@ python tools/results_doc.py [--check]
 import sys
 from pathlib import Path
 
+from ssmlens.report import text
 from ssmlens.results import Cell, Record, Table, Value
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,17 +51,17 @@ def cell(x: Cell) -> str:
     if x is None:
         return ""
     if isinstance(x, Value):
-        return f"{x.value:.1f}" if x.stderr is None else f"{x.value:.1f} ± {x.stderr:.1f}"
-    return f"{x:.2f}" if isinstance(x, float) else str(x).replace("|", "\\|")
+        return text.number(x.value, x.stderr)
+    return text.number(x) if isinstance(x, float) else str(x).replace("|", "\\|")
 
 
 def main() -> None:
-    text = page()
+    written = page()
     if "--check" in sys.argv[1:]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != written:
             sys.exit("docs/results.md is not what the records say; run: python tools/results_doc.py")
         return
-    PAGE.write_text(text, encoding="utf-8")
+    PAGE.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,16 @@ class Coefficients:
     ones: Tensor
     zeros: Tensor
 
+    @classmethod
+    def of(cls, a: Tensor, u: Tensor, ones: Tensor | None = None, zeros: Tensor | None = None) -> "Coefficients":
+        """From a_t and u_t as they are: u (batch, length, *state_shape), a broadcasting to it; no separate b_t and Δ_t."""
+        a, shape = a.expand_as(u), u.shape[2:]
+        none = torch.zeros(shape, dtype=torch.bool)
+        return cls(
+            batch=u.shape[0], length=u.shape[1], state_shape=tuple(shape), a_at=lambda t: a[:, t], u_at=lambda t: u[:, t], b_at=lambda t: None,
+            dt=None, ones=none if ones is None else ones, zeros=none if zeros is None else zeros,
+        )  # fmt: skip
+
     @property
     def a(self) -> Tensor:
         """a_t, (batch, length, *state_shape)."""

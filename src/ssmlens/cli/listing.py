@@ -3,6 +3,7 @@
 from ssmlens.errors import UserError, nearest
 
 KINDS = ("mixers", "experiments", "checkpoints")
+WIDTH = 128  # of which the size of a mixer's state is shown
 
 
 def run(what: str) -> None:
@@ -15,24 +16,21 @@ def run(what: str) -> None:
     for kind in KINDS if not what else (what,):
         table = Table(title=kind, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
         header, rows = _rows(kind)
-        for name in header:
-            table.add_column(name)
+        for i, name in enumerate(header):
+            table.add_column(name, no_wrap=i == 0, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
+        if kind == "mixers":
+            console.print(f"state: numbers kept of one sequence at d_model {WIDTH} and default settings")
 
 
 def _rows(kind: str) -> tuple[list[str], list[list[str]]]:
     if kind == "mixers":
-        import sys
-
         from ssmlens import mixers
 
-        rows = []
-        for name in mixers.names():
-            doc = sys.modules[mixers.configure(name, {}).__class__.__module__].__doc__ or ""
-            rows.append([name, doc.strip().splitlines()[0]])
-        return ["name", "what"], rows
+        header = ["name", "state", "transition", "polarization pins", "source"]
+        return header, [[name, *_mixer(name)] for name in mixers.names()]
     if kind == "experiments":
         from ssmlens.experiments import ITEMS
 
@@ -50,3 +48,15 @@ def _rows(kind: str) -> tuple[list[str], list[list[str]]]:
         what = f"{pinned['ones']} at one, {pinned['zeros']} at zero" if pinned else "none"
         rows.append([name, config["mixer"], str(config["n_layers"]), str(config["d_model"]), what])
     return ["name", "mixer", "layers", "d_model", "polarization"], rows
+
+
+def _mixer(name: str) -> list[str]:
+    """numbers of state of one sequence, transition, unit, source."""
+    from ssmlens import mixers
+
+    kind = mixers.get(name)
+    try:
+        size = f"{mixers.build(name, WIDTH).state_size():,}"
+    except ValueError:  # no recurrence with a state of constant size
+        size = "grows"
+    return [size, kind.transition, kind.unit, f"{kind.title}: {kind.source}"]

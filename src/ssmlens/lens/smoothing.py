@@ -240,7 +240,8 @@ def _states(seen: BlockPass, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     for start in range(0, coefficients.length, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, coefficients.length))
         a, u = coefficients.a_at(chunk), coefficients.u_at(chunk)
-        b = u if coefficients.b_at is None else coefficients.b_at(chunk)
+        b = coefficients.b_at(chunk)
+        b = u if b is None else b
         here = wanted[(wanted >= start) & (wanted < chunk.stop)] - start
         states, h = linear_scan(a, u, h0=h, return_final_state=True)
         inputs.append(b[:, here.to(u.device)])

@@ -14,6 +14,7 @@ __all__ = [
     "MixerConfig",
     "build",
     "configure",
+    "get",
     "names",
     "place",
     "polarizable",
@@ -30,7 +31,6 @@ def register(name: str, mixer: type[Mixer]) -> None:
 
 
 register("mamba", Mamba)
-register("mamba2", Mamba2)
 
 
 def names() -> list[str]:
@@ -40,10 +40,11 @@ def names() -> list[str]:
 
 def configure(name: str, config: dict[str, Any]) -> MixerConfig:
     """The validated configuration of the mixer `name`. Raises UserError naming an unknown mixer or key and the nearest known."""
-    return _class(name).config_class.of(config, f"mixer {name!r}")
+    return get(name).config_class.of(config, f"mixer {name!r}")
 
 
-def _class(name: str) -> type[Mixer]:
+def get(name: str) -> type[Mixer]:
+    """The class of the mixer `name`. Raises UserError naming the nearest known one."""
     if name not in _REGISTRY:
         raise UserError(f"unknown mixer {name!r}{nearest(name, names())} (known: {', '.join(names())})")
     return _REGISTRY[name]
@@ -51,12 +52,12 @@ def _class(name: str) -> type[Mixer]:
 
 def polarizable(name: str) -> bool:
     """Whether the mixer `name` has transitions that polarization can pin."""
-    return _class(name).polarizable
+    return get(name).polarizable
 
 
 def place(name: str, layer: int, n_layers: int) -> dict[str, int]:
     """The keys that tell a mixer of the family `name` where in a model it is; none where its authors do not care."""
-    return {"layer": layer, "n_layers": n_layers} if issubclass(_class(name).config_class, PlacedConfig) else {}
+    return {"layer": layer, "n_layers": n_layers} if issubclass(get(name).config_class, PlacedConfig) else {}
 
 
 def build(name: str, d_model: int, *, polarization: Polarization | None = None, **config: Any) -> Mixer:

@@ -104,6 +104,6 @@ class Mixer(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """The authors' initialisation, of every parameter. Called by the constructor; nobody else re-initialises a mixer."""
 
-    @abstractmethod
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that weight decay must not touch (biases and other vectors need not be named)."""
+        return set()

@@ -158,12 +158,6 @@ class Mamba(Mixer):
         )  # fmt: skip
         return self.out_proj(y), MambaState(p.conv, h)
 
-    def step(
-        self, x: Float[Tensor, "batch d_model"], state: MambaState | None = None
-    ) -> tuple[Float[Tensor, "batch d_model"], MambaState]:
-        y, state = self.forward(x[:, None], state)
-        return y[:, 0], state
-
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
         p = self._project(x, None, None, None)
         dt = F.softplus(at_least_float32(p.dt) + at_least_float32(self.dt_proj.bias))
