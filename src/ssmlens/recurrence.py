@@ -32,6 +32,7 @@ class Coefficients:
     a_at(tokens) → a_t, u_at(tokens) → u_t, b_at(tokens) → b_t, each (batch, tokens, *state_shape) for a slice of tokens.
     b_at gives None where the family has no separate b_t; dt: (batch, length, ...) broadcasting from the left to the state, or None.
     ones, zeros: bool masks over state_shape: the state channels that polarization holds at one and at zero.
+    decay: what is held there, where that is not a_t itself (RWKV-4's e^{-w}, which a_t contains normalised); broadcasts to a_t.
     """
 
     batch: int
@@ -43,6 +44,7 @@ class Coefficients:
     dt: Tensor | None
     ones: Tensor
     zeros: Tensor
+    decay: Tensor | None = None
 
     @classmethod
     def of(cls, a: Tensor, u: Tensor, ones: Tensor | None = None, zeros: Tensor | None = None) -> "Coefficients":

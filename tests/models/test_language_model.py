@@ -257,13 +257,28 @@ def test_blocks_with_an_mlp(tmp_path, mlp):
 
 def test_hybrids(tmp_path):
     """A pattern of mixers is repeated over the layers, each with its own configuration; it survives saving."""
-    fields = {"n_layers": 5, "mixer": ["mamba", "mamba"], "mixer_config": {"mamba": {"d_state": 3}}}
+    fields = {
+        "n_layers": 5,
+        "mixer": ["mamba", "attention"],
+        "mixer_config": {"mamba": {"d_state": 3}, "attention": {"n_heads": 2}},
+    }
     model = make(**fields)
-    assert [b.mixer.d_state for b in model.backbone.blocks] == [5] * 5
+    kinds = [type(b.mixer).__name__ for b in model.backbone.blocks]
+    assert kinds == ["Mamba", "Attention", "Mamba", "Attention", "Mamba"]
+    assert [b.mixer.polarization is not None for b in model.backbone.blocks] == [True, False, True, False, True]
+    assert model.backbone.blocks[2].mixer.d_state == 5
     model.save_pretrained(tmp_path)
     again = LanguageModel.from_pretrained(tmp_path)
     assert again.config.architecture == model.config.architecture
-    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    x = tokens()
+    assert torch.equal(again(x).logits, model(x).logits)
+    cached = model.generate(x, max_new_tokens=6, do_sample=False)
+    assert torch.equal(cached, model.generate(x, max_new_tokens=6, do_sample=False, use_cache=False))
+    padded, mask = torch.cat([x[:, :3], x], 1), torch.ones(2, 15)
+    mask[:, :3] = 0
+    close(model(padded, attention_mask=mask).logits[:, 3:], model(x).logits, torch.float32)
+    with pytest.raises(UserError, match="attention cannot be polarized"):
+        make(mixer="attention")
     with pytest.raises(UserError, match="'d_state' is not among its mixers"):
         make(mixer=["mamba", "mamba"], mixer_config={"d_state": 3})
     with pytest.raises(UserError, match="names no mixer"):

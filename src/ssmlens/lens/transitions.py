@@ -37,7 +37,7 @@ _HORIZONS: tuple[tuple[float, str, Literal["line", "fit"]], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's state channels (flattened to F) on n sequences. low, high: of a over the tokens of each sequence.
+    """One layer's state channels (flattened to F) on n sequences. low, high: of a over the tokens of each sequence but the first.
     logsum: Σ ln a over all tokens but the first, `steps` of them: the logarithm of what is left of the first token at the last.
     histogram: how many (token, learned channel) have a in each of BINS equal bins of [0, 1]. ones, zeros: which are pinned."""
 
@@ -162,7 +162,9 @@ def _layer(coefficients: Any) -> Layer:
     for start in range(0, length, _CHUNK):
         a = coefficients.a_at(slice(start, min(start + _CHUNK, length)))[0]
         a = (a.abs() if a.is_complex() else a).flatten(1).float().cpu()
-        kept = a[1 if start == 0 else 0 :].abs().double().log().sum(0)
+        if start == 0 and length > 1:
+            a = a[1:]  # a_1 meets only h_0 = 0; some families have it at 0 (Griffin)
+        kept = a.double().log().sum(0) if length > 1 else torch.zeros(a.shape[1], dtype=torch.float64)
         low = a.amin(0) if low is None else torch.minimum(low, a.amin(0))
         high = a.amax(0) if high is None else torch.maximum(high, a.amax(0))
         logsum = kept if logsum is None else logsum + kept
@@ -288,6 +290,6 @@ def table(results: Sequence[Transitions]) -> Table:
 def _method(r: Transitions) -> str:
     return (
         f"a_t of every state channel on {r.n_sequences} sequences of {r.length} tokens, at the scan's own input; extremes over all tokens of "
-        "a sequence; half-life ln 2 (T-1) / -Σ ln a_t from what the product of a_t leaves of the first token; mean over sequences with its "
+        "a sequence but the first, whose transition meets an empty state; half-life ln 2 (T-1) / -Σ ln a_t from what the product of a_t leaves of the first token; mean over sequences with its "
         "standard error. Pinned channels are left out."
     )

@@ -3,8 +3,23 @@
 from typing import Any
 
 from ssmlens.errors import UserError, nearest
+from ssmlens.mixers.attention import Attention
 from ssmlens.mixers.base import Mixer, MixerConfig, PlacedConfig
+from ssmlens.mixers.gla import GLA
+from ssmlens.mixers.griffin import Griffin
+from ssmlens.mixers.h3 import H3
+from ssmlens.mixers.hgrn2 import HGRN2
+from ssmlens.mixers.linear_attention import LinearAttention
 from ssmlens.mixers.mamba import Mamba, MambaConfig
+from ssmlens.mixers.mamba2 import Mamba2
+from ssmlens.mixers.mingru import MinGRU
+from ssmlens.mixers.minlstm import MinLSTM
+from ssmlens.mixers.retnet import RetNet
+from ssmlens.mixers.rwkv4 import RWKV4
+from ssmlens.mixers.rwkv5 import RWKV5
+from ssmlens.mixers.rwkv6 import RWKV6
+from ssmlens.mixers.s4 import S4
+from ssmlens.mixers.s4d import S4D
 from ssmlens.polarization import Polarization
 
 __all__ = [
@@ -31,6 +46,21 @@ def register(name: str, mixer: type[Mixer]) -> None:
 
 
 register("mamba", Mamba)
+register("linear_attention", LinearAttention)
+register("retnet", RetNet)
+register("gla", GLA)
+register("mamba2", Mamba2)
+register("rwkv5", RWKV5)
+register("rwkv6", RWKV6)
+register("hgrn2", HGRN2)
+register("s4d", S4D)
+register("s4", S4)
+register("h3", H3)
+register("griffin", Griffin)
+register("mingru", MinGRU)
+register("minlstm", MinLSTM)
+register("rwkv4", RWKV4)
+register("attention", Attention)
 
 
 def names() -> list[str]:
