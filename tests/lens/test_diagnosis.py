@@ -189,7 +189,7 @@ def test_hybrids_and_models_without_recurrence(averages, tmp_path):
     notes = " ".join(record.notes)
     if len(averages) == 3:
         assert list(found.transitions) == ["mamba"]
-        assert "other: transitions was not measured, because it does not show its transitions." in notes
+        assert "other: transitions was not measured, because none of its layers has a diagonal transition." in notes
     else:
         assert found.transitions["other"].numbers == [1, 3]
         assert "other: transitions were measured in layers 1, 3; the others have no diagonal transition." in notes
@@ -297,3 +297,12 @@ def test_bars_go_to_stderr(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "influence" in captured.err
+
+
+def test_layers_that_only_keep_or_have_no_transition_are_said_so():
+    found = diagnose({name: model(mixer=name) for name in ("linear_attention", "s4")}, tokens(2, 16), probes=1)
+    assert "In linear_attention the median learned state channel loses nothing;" in str(found)
+    assert (
+        "s4: transitions was not measured, because none of its layers has a diagonal transition."
+        in found.record().notes
+    )

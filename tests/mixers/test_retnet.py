@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from ssmlens import mixers
 from ssmlens.errors import UserError
-from ssmlens.mixers.retnet import positions, rotated
+from ssmlens.mixers import heads
+from ssmlens.mixers.retnet import rotated
 from ssmlens.polarization import Polarization
 
 
@@ -76,19 +77,9 @@ def test_only_relative_positions_matter_even_far_out():
     assert mixer(x, shifted)[1].position.item() == 1_000_020
 
 
-def test_positions_of_padded_packed_and_continued_sequences():
-    x = torch.zeros(2, 6, 1)
-    mask = torch.tensor([[False, False, True, True, True, True], [True] * 6])
-    reset = torch.tensor([[False] * 6, [False, False, True, False, True, False]])
-    assert positions(x, None, None, None).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
-    assert positions(x, None, mask, None)[0].tolist() == [-1, -1, 0, 1, 2, 3]
-    assert positions(x, None, None, reset)[1].tolist() == [0, 1, 0, 1, 0, 1]
-    assert positions(x, torch.tensor([7, 9]), None, reset).tolist() == [[7, 8, 9, 10, 11, 12], [9, 10, 0, 1, 0, 1]]
-
-
 def test_rotation_keeps_lengths():
     x, at = torch.randn(1, 9, 2, 6, dtype=torch.float64), torch.arange(9)[None]
-    turned = rotated(x, at)
+    turned = rotated(x, heads.rotation(at, 3, 10000, 1))
     close(turned.norm(dim=-1), x.norm(dim=-1), torch.float64)
     assert torch.equal(turned[:, 0], x[:, 0])
 

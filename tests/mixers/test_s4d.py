@@ -145,16 +145,19 @@ def test_pinned_channels_are_written_with_the_step_size_and_read_with_their_own_
 
 @pytest.mark.parametrize("initialization", ["lin", "real"])
 def test_a_carried_state_with_padding_and_with_resets(initialization):
-    """The second call's padding leaves the carried state alone, and a reset in it forgets the first call."""
+    """Padding that reaches into the second call leaves no trace, and a reset in it forgets the first call."""
     m = build(polarization=Polarization(), d_state=8, initialization=initialization)
     x, more = tokens(), tokens(length=12)
     _, state = m(x)
     want, _ = m(torch.cat([x, more], 1))
-    padded = torch.cat([torch.full_like(more[:, :5], 7.0), more], 1)
-    mask = (torch.arange(17) >= 5).expand(2, -1)
-    y, after = m(padded, state, mask=mask)
-    close(y[:, 5:], want[:, 40:], torch.float64)
-    close(after.h, m(more, state)[1].h, torch.float64)
+    mask = torch.ones(2, 52, dtype=torch.bool)
+    mask[0, :45] = False  # the first call is nothing but padding for the first sequence
+    stream = torch.cat([x, more], 1).masked_fill(~mask[..., None], 7.0)
+    y, after = m(stream[:, 40:], m(stream[:, :40], mask=mask[:, :40])[1], mask=mask[:, 40:])
+    alone, last = m(more[:1, 5:])
+    close(y[0, 5:], alone[0], torch.float64)
+    close(y[1], want[1, 40:], torch.float64)
+    close(after.h[:1], last.h, torch.float64)
     reset = torch.zeros(2, 12, dtype=torch.bool)
     reset[0, 3] = True
     y, _ = m(more, state, reset=reset)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import close
 
+from ssmlens import mixers
 from ssmlens.errors import UserError
 from ssmlens.models import LanguageModel, LanguageModelConfig, backbone
 
@@ -46,6 +47,31 @@ def test_untied_head_and_partial_checkpoint_keep_what_was_loaded(tmp_path):
     got, want = partial.backbone.blocks[0].mixer, model.backbone.blocks[0].mixer
     assert torch.equal(got.D, torch.ones(32)), "what was missing begins as a new one"
     assert torch.equal(got.dt_proj.bias, want.dt_proj.bias), "what was there stays"
+
+
+@pytest.mark.parametrize("name", mixers.names())
+def test_what_a_checkpoint_lacks_begins_as_a_new_one(tmp_path, name):
+    """Whatever it lacks: a parameter of the mixer itself, or of a layer inside it, or of the MLP."""
+    from safetensors.torch import load_file, save_file
+
+    config = {"feature_map": "performer"} if name == "linear_attention" else {}
+    model = make(mixers.polarizable(name), mixer=name, mixer_config=config, mlp="swiglu")
+    model.save_pretrained(tmp_path)
+    full = load_file(tmp_path / "model.safetensors")
+    inside = [key for key in full if "blocks.0." in key]
+    for part in (inside[::2], inside[1::2]):
+        state = {key: value + 7 for key, value in full.items() if key not in part}
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        got = LanguageModel.from_pretrained(tmp_path).state_dict()
+        for key in part:
+            fresh = full[key]
+            assert got[key].isfinite().all(), key
+            assert got[key].abs().max() <= 3 * fresh.abs().max() + 0.1, key
+            if fresh.numel() > 100:
+                assert fresh.std() / 3 <= got[key].std() <= 3 * fresh.std(), key
+        assert all(torch.equal(got[key], value) for key, value in state.items()), "what was there stays"
+    model.initialize_weights()
+    assert all(torch.equal(value, full[key]) for key, value in model.state_dict().items() if key in full)
 
 
 def test_transformers_does_not_touch_the_initialisation():

@@ -22,7 +22,7 @@ def run(what: str) -> None:
             table.add_row(*row)
         console.print(table)
         if kind == "mixers":
-            console.print(f"state: numbers kept of one sequence at d_model {WIDTH} and default settings")
+            console.print(f"state: numbers in the recurrence of one sequence, at d_model {WIDTH} and default settings")
 
 
 def _rows(kind: str) -> tuple[list[str], list[list[str]]]:

@@ -219,7 +219,8 @@ def _applies(d: Diagnosis, name: str, subject: Subject) -> bool:
     """Whether a measure means something for a model; if not, or not for all of its layers, the record says why."""
     why = None
     if name == "transitions" and not subject.recurrent:
-        why = "it does not show its transitions"
+        ours = any(hasattr(mixer, "coefficients") for mixer in subject.mixers)
+        why = "none of its layers has a diagonal transition" if ours else "it does not show its transitions"
     elif name == "context" and not subject.has_head:
         why = "it has no head"
     elif name == "smoothing" and not subject.blocks:

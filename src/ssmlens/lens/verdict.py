@@ -142,8 +142,10 @@ def transitions(r: "Transitions") -> str:
     if ones + zeros == total:
         return f"All {total:,} state channels of {r.name} are pinned."
     pinned = f" Of all {total:,}, {ones:,} are held at one and {zeros:,} at zero." if ones or zeros else ""
+    median = r.half_life_quantile(0.5).value
+    loses = "loses nothing" if math.isinf(median) else f"halves what it holds every {_number(median)} tokens"
     return (
-        f"In {r.name} the median learned state channel halves what it holds every {_number(r.half_life_quantile(0.5).value)} tokens; "
+        f"In {r.name} the median learned state channel {loses}; "
         f"{_percent(r.share_remembering())} of them still hold half of the first token at the end of {r.length} tokens.{pinned}"
     )
 

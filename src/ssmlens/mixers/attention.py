@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens.errors import UserError
-from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
+from ssmlens.mixers import heads
+from ssmlens.mixers.base import Mixer, MixerConfig
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
 
@@ -114,9 +115,10 @@ class Attention(Mixer):
         """Raises UserError where the sequence is longer than the positions learned."""
         batch, length = x.shape[:2]
         here = torch.ones(batch, length, dtype=torch.bool, device=x.device) if mask is None else mask
-        at, following = _positions(here, None if state is None else state.position, reset)
+        at, following = heads.positions(x, None if state is None else state.position, mask, reset)
         if self.position is not None:
-            longest = length if state is None and mask is None else int(at.max()) + 1
+            at = at.masked_fill(~here, 0)
+            longest = length if state is None and mask is None and reset is None else int(at.max()) + 1
             if longest > len(self.position):
                 raise UserError(f"the sequence has {longest} tokens, but max_length is {len(self.position)}")
             x = x + self.position[at].to(x.dtype)
@@ -124,8 +126,9 @@ class Attention(Mixer):
             proj(x).unflatten(-1, (-1, self.d_head)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (batch, length, heads, d_head)
         if self.config.positions == "rope":
-            angle = _angles(at, self.d_head, self.config.rope_base)
-            q, k = _rotated(q, angle), _rotated(k, angle)
+            half = self.d_head // 2
+            by = heads.rotation(at, half, self.config.rope_base, 2 * (half - 1) / self.d_head)
+            q, k = _rotated(q, by), _rotated(k, by)
         # segment: how many resets came before; a cached token is seen from the same segment, 0, if it is visible at all
         segment = torch.zeros_like(here, dtype=torch.long) if reset is None else reset.cumsum(1)
         seen, keys_in = here, segment
@@ -136,25 +139,21 @@ class Attention(Mixer):
         simple = state is None and mask is None and reset is None and self.config.window is None
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=simple, enable_gqa=self.kv_heads != self.config.n_heads,
-            attn_mask=None if simple else self._allowed(seen, keys_in, segment, mask is not None)[:, None],
+            attn_mask=None if simple else self._allowed(seen, keys_in, segment)[:, None],
         )  # fmt: skip
         visible = seen & (keys_in == segment[:, -1:])
         return self.o_proj(y.transpose(1, 2).flatten(2)), self._cache(
             k, v, visible, following, mask is not None or reset is not None
         )
 
-    def _allowed(
-        self, seen: Tensor, keys_in: Tensor, segment: Tensor, padded: bool
-    ) -> Bool[Tensor, "batch queries keys"]:
+    def _allowed(self, seen: Tensor, keys_in: Tensor, segment: Tensor) -> Bool[Tensor, "batch queries keys"]:
         """Which keys a query sees. Every query sees itself, padding too: a softmax over nothing would be NaN."""
         queries, keys = segment.shape[1], seen.shape[1]
         index = torch.arange(keys, device=seen.device)
         later = index[-queries:, None] - index
         allowed = (later >= 0) & seen[:, None] & (keys_in[:, None] == segment[..., None])
         if self.config.window is not None:
-            rank = seen.cumsum(1)  # padding behind a carried state does not use up the window
-            age = rank[:, -queries:, None] - rank[:, None] if padded else later
-            allowed = allowed & (age < self.config.window)
+            allowed = allowed & (later < self.config.window)
         return allowed | (later == 0)
 
     def _cache(self, k: Tensor, v: Tensor, visible: Tensor, position: Tensor, gaps: bool) -> AttentionState:
@@ -162,10 +161,7 @@ class Attention(Mixer):
         every sequence of the batch."""
         first = 0 if self.config.window is None else max(0, k.shape[1] - self.config.window + 1)
         if gaps:
-            order = visible.long().argsort(stable=True, dim=1)  # hidden tokens first
-            visible = visible.gather(1, order)
-            k, v = (m.gather(1, order[:, :, None, None].expand_as(m)) for m in (k, v))
-            first = max(first, int((~visible.any(0)).sum()))
+            first = max(first, int((~visible.any(0)).sum()))  # hidden tokens come before visible ones
         return AttentionState(k[:, first:], v[:, first:], visible[:, first:], position)
 
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
@@ -175,27 +171,8 @@ class Attention(Mixer):
         raise ValueError("attention has no transition a_t, and no states of a recurrence to decode")
 
 
-def _positions(here: Tensor, start: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The position of each token in its own sequence (batch, length), padding not counted, and that of the token to follow (batch,)."""
-    count = here.cumsum(1)
-    if start is not None:
-        count = count + start[:, None]
-    at = (count - 1).clamp_min(0)
-    if reset is None:
-        return at, count[:, -1]
-    base = torch.where(reset, at, 0).cummax(1).values
-    return at - base, count[:, -1] - base[:, -1]
-
-
-def _angles(at: Tensor, d_head: int, base: float) -> Float[Tensor, "batch length half"]:
-    half = d_head // 2
-    frequency = base ** (-torch.arange(half, device=at.device, dtype=torch.float32) * 2 / d_head)
-    return at[..., None] * frequency
-
-
-def _rotated(x: Float[Tensor, "batch length heads d_head"], angle: Tensor) -> Tensor:
+def _rotated(x: Float[Tensor, "batch length heads d_head"], by: tuple[Tensor, Tensor]) -> Tensor:
     """An odd last dimension stays as it is."""
-    half = angle.shape[-1]
-    cos, sin = angle.cos()[:, :, None], angle.sin()[:, :, None]
-    first, second, rest = at_least_float32(x).split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+    half = x.shape[-1] // 2
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([*heads.turned(first, second, by), rest], -1).to(x.dtype)

@@ -75,7 +75,8 @@ class Mixer(nn.Module, ABC):
         mask: Bool[Tensor, "batch length"] | None = None,
         reset: Bool[Tensor, "batch length"] | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
-        """y and the state after the last token. mask: False at left padding, which leaves no trace in y and state.
+        """y and the state after the last token. mask: False at left padding, which leaves no trace in y and state; no token of the
+        same sequence may come before it, neither in x nor in what `state` is of.
         reset: True at the first token of each packed sequence."""
 
     def step(self, x: Float[Tensor, "batch d_model"], state: Any = None) -> tuple[Float[Tensor, "batch d_model"], Any]:

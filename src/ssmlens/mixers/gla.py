@@ -64,8 +64,7 @@ class GLA(Mixer):
         super().__init__(d_model, config, polarization)
         self.n_heads = n = config.n_heads
         self.units = config.d_key or math.ceil(d_model / (2 * n))
-        self.learned = polarization.learned(self.units) if polarization else self.units
-        self.d_key = polarization.total(self.units) if polarization else self.units
+        self.learned, self.d_key = heads.sizes(self.units, polarization)
         self.d_value = config.d_value or math.ceil(d_model / n)
 
         self.q_proj = nn.Linear(d_model, n * self.d_key, bias=False)

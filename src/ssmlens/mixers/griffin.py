@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ssmlens import ops
 from ssmlens.errors import UserError
+from ssmlens.mixers import heads
 from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
@@ -72,8 +73,7 @@ class Griffin(Mixer):
         if units % self.n_blocks:
             raise UserError(f"n_blocks ({self.n_blocks}) does not divide the width ({units})")
         self.units = units
-        self.width = polarization.total(units) if polarization else units
-        self.learned = polarization.learned(units) if polarization else units
+        self.learned, self.width = heads.sizes(units, polarization)
         block = units // self.n_blocks
         self.linear_x = nn.Linear(d_model, self.width)
         self.linear_y = nn.Linear(d_model, self.width)
@@ -126,48 +126,22 @@ class Griffin(Mixer):
         return torch.cat([pinned[..., :ones], gate, pinned[..., ones:]], -1), recurrent
 
     def _project(self, x: Tensor, state: GriffinState | None, mask: Tensor | None, reset: Tensor | None) -> _Gated:
-        """Everything before the scan; padding leaves the state as it is."""
-        x = self.linear_x(x)
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)
+        """Everything before the scan; padding writes nothing."""
+        x = heads.visible(self.linear_x(x), mask)
         x, conv = ops.causal_conv1d(
             x, self.conv_weight, self.conv_bias, initial=None if state is None else state.conv, reset=reset, return_final_state=True,
         )  # fmt: skip
         gate, recurrent = self._gates(x)
         log_a = -8 * F.softplus(at_least_float32(self.Lambda)) * torch.sigmoid(at_least_float32(recurrent))
-        factor = _safe_sqrt(-torch.expm1(2 * log_a))
-        alive = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        begun = alive.cumsum(1) > 0
-        if state is not None:
-            begun = begun | state.begun[:, None]
-        before = begun.roll(1, 1)
-        before[:, 0] = False if state is None else state.begun
-        first = alive & ~before if reset is None else alive & (~before | reset)
-        a = torch.exp(log_a).masked_fill(first[..., None], 0)
-        factor = factor.masked_fill(first[..., None], 1)
+        at, following = heads.positions(x, None if state is None else state.begun.long(), mask, reset)
+        first = (at == 0)[..., None]
+        factor = _safe_sqrt(-torch.expm1(2 * log_a)).masked_fill(first, 1)
+        a = torch.exp(heads.pinned(log_a.masked_fill(first, -math.inf), self.polarization))
         if self.polarization:
-            a = torch.exp(self.polarization.join(log_a)).masked_fill(self._learned_at(first), 0)
-            factor = torch.cat(
-                [
-                    factor.new_full((*factor.shape[:2], self.polarization.ones), FACTOR_AT_ONE),
-                    factor,
-                    factor.new_ones(*factor.shape[:2], self.polarization.zeros),
-                ],
-                -1,
-            )
-        b = at_least_float32(torch.sigmoid(gate) * x)
-        if mask is not None:
-            a, b = a.masked_fill(~mask[..., None], 1), b.masked_fill(~mask[..., None], 0)
-        return _Gated(a, factor, b, conv, begun[:, -1])
-
-    def _learned_at(self, first: Tensor) -> Tensor:
-        """(batch, length) → (batch, length, width): false for the pinned channels, whose a no token changes."""
-        ones, zeros = self.masks()
-        return first[..., None] & ~(ones | zeros).to(first.device)
-
-    def masks(self) -> tuple[Tensor, Tensor]:
-        none = torch.zeros(self.width, dtype=torch.bool)
-        return self.polarization.masks(self.units) if self.polarization else (none, none)
+            factor = F.pad(factor, (self.polarization.ones, 0), value=FACTOR_AT_ONE)
+            factor = F.pad(factor, (0, self.polarization.zeros), value=1.0)
+        b = heads.visible(at_least_float32(torch.sigmoid(gate) * x), mask)
+        return _Gated(a, factor, b, conv, following > 0)
 
     def forward(
         self,
@@ -189,7 +163,7 @@ class Griffin(Mixer):
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
         """dt is the factor √(1 - a²), b_t the gated input. a_1 = 0, as the authors have it (it meets only h_0 = 0)."""
         p = self._project(x, None, None, None)
-        ones, zeros = self.masks()
+        ones, zeros = heads.pinned_masks(self.units, self.polarization)
         return Coefficients(
             batch=x.shape[0], length=x.shape[1], state_shape=(self.width,),
             a_at=lambda t: p.a[:, t], u_at=lambda t: p.factor[:, t] * p.b[:, t], b_at=lambda t: p.b[:, t],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ssmlens import ops
 from ssmlens.errors import UserError
+from ssmlens.mixers import heads
 from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
 from ssmlens.mixers.s4d import DiagonalKernel, S4DConfig, time_invariant
 from ssmlens.polarization import Polarization
@@ -89,9 +90,9 @@ class H3(Mixer):
     ) -> tuple[Float[Tensor, "batch length d_head d_head heads"], Float[Tensor, "batch d_shift-1 d_model"]]:
         """k̃ v, the input of the diagonal model, and the keys that the next token's shift sees."""
         k, v = self.k_proj(x), self.v_proj(x)
-        if mask is not None:
-            k = k.masked_fill(~mask[..., None], 0)
-        k, keys = ops.causal_conv1d(k, self.shift, initial=keys, reset=reset, return_final_state=True)
+        k, keys = ops.causal_conv1d(
+            heads.visible(k, mask), self.shift, initial=keys, reset=reset, return_final_state=True
+        )
         k, v = self._heads(k), self._heads(v)
         return k[:, :, :, None] * v[:, :, None], keys
 

@@ -9,6 +9,7 @@ log_a: (batch, length, heads, d_key), or (..., 1) where a head has one decay   u
 import math
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +23,11 @@ def heads_of(width: int, d_head: int) -> tuple[int, int]:
     """How many heads of at most d_head cover `width`, and how wide each is: `width / d_head` and d_head where that divides."""
     n_heads = math.ceil(width / d_head)
     return n_heads, math.ceil(width / n_heads)
+
+
+def sizes(units: int, polarization: Polarization | None) -> tuple[int, int]:
+    """How many of the `units` as configured are learned, and how many there are with the pinned ones."""
+    return (polarization.learned(units), polarization.total(units)) if polarization else (units, units)
 
 
 def split(x: Tensor, n_heads: int) -> Tensor:
@@ -41,6 +47,35 @@ def token_shift(x: Tensor, last: Tensor | None, reset: Tensor | None) -> tuple[T
     first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
     previous = torch.cat([first, x[:, :-1]], 1)
     return previous if reset is None else previous.masked_fill(reset[..., None], 0), x[:, -1]
+
+
+def positions(
+    x: Tensor, start: Tensor | None, mask: Tensor | None, reset: Tensor | None
+) -> tuple[Int[Tensor, "batch length"], Int[Tensor, " batch"]]:
+    """How many tokens of its sequence come before each token (padding is not counted), and before the one to follow.
+    x: (batch, length, ...)   start: (batch,), how many came before x, or None"""
+    here = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
+    count = here.cumsum(1) if start is None else here.cumsum(1) + start[:, None]
+    before = count - here
+    if reset is None:
+        return before, count[:, -1]
+    base = torch.where(reset, before, 0).cummax(1).values
+    return before - base, count[:, -1] - base[:, -1]
+
+
+def rotation(at: Int[Tensor, "batch length"], pairs: int, base: float, last: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (batch, length, 1, pairs), of the angles at · base^{-e_i}, e evenly spaced from 0 to `last`."""
+    # float32 angles are off by 0.01 after 10^5 tokens
+    exact = torch.float32 if at.device.type == "mps" else torch.float64
+    angle = at[..., None, None] * base ** -torch.linspace(0, last, pairs, dtype=exact, device=at.device)
+    return angle.cos(), angle.sin()
+
+
+def turned(left: Tensor, right: Tensor, by: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Each (left, right) turned by its angle, at least float32."""
+    left, right = at_least_float32(left), at_least_float32(right)
+    cos, sin = (part.to(left.dtype) for part in by)
+    return left * cos - right * sin, right * cos + left * sin
 
 
 def pinned(log_a: Tensor, polarization: Polarization | None) -> Tensor:

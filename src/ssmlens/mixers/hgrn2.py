@@ -66,8 +66,7 @@ class HGRN2(Mixer):
         super().__init__(d_model, config, polarization)
         self.n_heads, self.d_value = heads.heads_of(d_model, config.d_head)
         self.units = self.d_value
-        self.learned = polarization.learned(self.units) if polarization else self.units
-        self.d_key = polarization.total(self.units) if polarization else self.units
+        self.learned, self.d_key = heads.sizes(self.units, polarization)
         n = self.n_heads
 
         self.q_proj = nn.Linear(d_model, n * self.d_key, bias=False)

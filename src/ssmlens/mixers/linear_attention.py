@@ -15,7 +15,7 @@
 Performer's w_i: m rows, orthogonal in blocks of d_head (each block the Q of a Gaussian matrix, uniform over rotations), with the
 norms of Gaussian rows. They are a buffer, drawn from a generator of their own (`seed`), the same for all heads, and never redrawn.
 The authors subtract the largest exponent, over all tokens for the keys: a token would depend on later ones. Here nothing is
-subtracted; the exponent is at most |w_i|²/2, about d_head/2, which float32 holds. Their additive 10^-4 is kept.
+subtracted; the exponent is at most |w_i|²/2, about d_head/2, which float32 holds up to heads of about 150. Their additive 10^-4 is kept.
 
 Polarization pins feature dimensions of each head. Every learned a is one already, so a dimension at one adds capacity and no
 new kind of memory; a dimension at zero holds φ(k_t) v_t alone: the current token counts twice. Their features are 1 + ELU
@@ -86,8 +86,7 @@ class LinearAttention(Mixer):
         self.units = {"elu": d, "hedgehog": 2 * d, "performer": config.n_features or max(1, int(d * math.log(d)))}[
             config.feature_map
         ]
-        self.learned = polarization.learned(self.units) if polarization else self.units
-        self.d_feature = polarization.total(self.units) if polarization else self.units
+        self.learned, self.d_feature = heads.sizes(self.units, polarization)
         rows = self.d_feature if config.feature_map == "elu" else d + (polarization.pinned if polarization else 0)
 
         self.q_proj = nn.Linear(d_model, self.n_heads * rows, bias=config.bias)
@@ -112,9 +111,6 @@ class LinearAttention(Mixer):
         if self.config.feature_map == "hedgehog":
             for M in (self.q_map, self.k_map):
                 M.copy_(torch.eye(*M.shape[1:]).expand_as(M))
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
 
     def _features(self, x: Tensor, M: Tensor | None) -> Tensor:
         """φ of (batch, length, heads, rows), the rows of pinned dimensions first (ones) and last (zeros)."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens import ops
+from ssmlens.mixers import heads
 from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
 from ssmlens.ops.reference import transition
 from ssmlens.polarization import Polarization
@@ -52,6 +53,13 @@ class MambaConfig(MixerConfig):
         return self
 
 
+def initial_steps(bias: Tensor, dt_min: float, dt_max: float, dt_floor: float) -> None:
+    """Fill `bias` so that softplus(bias) is log-uniform between dt_min and dt_max, and at least dt_floor."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(torch.rand(bias.shape, device=bias.device) * (high - low) + low).clamp_min(dt_floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 class MambaState(NamedTuple):
     conv: Float[Tensor, "batch d_conv-1 d_inner"]
     h: Float[Tensor, "batch d_inner d_state"]
@@ -77,9 +85,8 @@ class Mamba(Mixer):
     def __init__(self, d_model: int, config: MambaConfig, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)
         self.d_inner = config.expand * d_model
-        self.d_state = polarization.total(config.d_state) if polarization else config.d_state
+        learned, self.d_state = heads.sizes(config.d_state, polarization)
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
-        learned = polarization.learned(config.d_state) if polarization else config.d_state
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, config.d_conv))
@@ -111,9 +118,7 @@ class Mamba(Mixer):
         else:
             self.out_proj.weight /= math.sqrt(c.n_residuals)
             nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            low, high = math.log(c.dt_min), math.log(c.dt_max)
-            dt = torch.exp(torch.rand(self.d_inner, device=self.D.device) * (high - low) + low).clamp_min(c.dt_floor)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+            initial_steps(self.dt_proj.bias, c.dt_min, c.dt_max, c.dt_floor)
         # S4D-real: A = -1 .. -N. "replace" gives up the slowest for the ones and the fastest for the zeros.
         first = 1 + (self.polarization.ones if self.polarization and self.polarization.mode == "replace" else 0)
         n = torch.arange(first, first + self.A_log.shape[1], dtype=torch.float32, device=self.A_log.device)
@@ -125,16 +130,19 @@ class Mamba(Mixer):
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
         """The continuous transition, float32 (float64 for a float64 model), pinned columns included."""
-        A = -torch.exp(at_least_float32(self.A_log))
-        return self.polarization.join(A) if self.polarization else A
+        return heads.pinned(-torch.exp(at_least_float32(self.A_log)), self.polarization)
 
     def _project(self, x: Tensor, conv: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> _Projected:
         """Everything before the scan; dt is still the pre-activation, without its bias."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        if mask is not None:
-            x = x * mask[..., None].to(x.dtype)  # to the convolution, padding is what comes before the beginning: zeros
         x, conv = ops.causal_conv1d(
-            x, self.conv_weight, self.conv_bias, activation="silu", initial=conv, reset=reset, return_final_state=True
+            heads.visible(x, mask),
+            self.conv_weight,
+            self.conv_bias,
+            activation="silu",
+            initial=conv,
+            reset=reset,
+            return_final_state=True,
         )
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return _Projected(x, z, F.linear(dt, self.dt_proj.weight), B, C, conv)
@@ -166,9 +174,7 @@ class Mamba(Mixer):
         def content(t: slice) -> Tensor:
             return inner[:, t, :, None] * B[:, t, None, :]
 
-        ones = zeros = torch.zeros(self.d_state, dtype=torch.bool)
-        if self.polarization:
-            ones, zeros = self.polarization.masks(self.config.d_state)
+        ones, zeros = heads.pinned_masks(self.config.d_state, self.polarization)
         shape = (self.d_inner, self.d_state)
         return Coefficients(
             batch=x.shape[0], length=x.shape[1], state_shape=shape,

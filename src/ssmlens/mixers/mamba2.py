@@ -29,6 +29,7 @@ from ssmlens import ops
 from ssmlens.errors import UserError
 from ssmlens.mixers import heads
 from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
+from ssmlens.mixers.mamba import initial_steps
 from ssmlens.ops.reference import per_head
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
@@ -87,8 +88,7 @@ class Mamba2(Mixer):
         self.units, self.d_head = heads.heads_of(config.expand * d_model, config.d_head)
         if self.units % config.n_groups:
             raise UserError(f"n_groups ({config.n_groups}) does not divide the {self.units} heads of d_model {d_model}")
-        self.learned = polarization.learned(self.units) if polarization else self.units
-        self.n_heads = polarization.total(self.units) if polarization else self.units
+        self.learned, self.n_heads = heads.sizes(self.units, polarization)
         self.d_inner = self.n_heads * self.d_head
         d_bc = config.n_groups * config.d_state
         self.sizes = [self.d_inner, self.d_inner + 2 * d_bc, self.n_heads]
@@ -117,9 +117,7 @@ class Mamba2(Mixer):
         nn.init.uniform_(self.conv_weight, -bound, bound)
         if self.conv_bias is not None:
             nn.init.uniform_(self.conv_bias, -bound, bound)
-        low, high = math.log(c.dt_min), math.log(c.dt_max)
-        dt = torch.exp(torch.rand(self.n_heads, device=self.D.device) * (high - low) + low).clamp_min(c.dt_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(bias) = dt
+        initial_steps(self.dt_bias, c.dt_min, c.dt_max, c.dt_floor)
         nn.init.uniform_(self.A_log, c.A_min, c.A_max).log_()
         nn.init.ones_(self.D)
         nn.init.ones_(self.norm_weight)

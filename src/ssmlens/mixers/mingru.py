@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens import ops
+from ssmlens.mixers import heads
 from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
@@ -57,13 +58,9 @@ class MinimalRecurrence(Mixer):
     def __init__(self, d_model: int, config: MinimalConfig, polarization: Polarization | None) -> None:
         super().__init__(d_model, config, polarization)
         self.units = config.expand * d_model
-        self.width = polarization.total(self.units) if polarization else self.units
-        self.learned = polarization.learned(self.units) if polarization else self.units
+        self.learned, self.width = heads.sizes(self.units, polarization)
         self.to_hidden = nn.Linear(d_model, self.width, bias=config.bias)
         self.to_out = nn.Linear(self.width, d_model, bias=config.bias)
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -97,17 +94,14 @@ class MinimalRecurrence(Mixer):
         reset: Bool[Tensor, "batch length"] | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], MinimalState]:
         p = self._gated(x)
-        a, u = p.a, p.dt * p.b
-        if mask is not None:  # padding leaves the state as it is
-            a, u = a.masked_fill(~mask[..., None], 1), u.masked_fill(~mask[..., None], 0)
-        h, last = ops.linear_scan(a, u, h0=None if state is None else state.h, reset=reset, return_final_state=True)
+        u = heads.visible(p.dt * p.b, mask)
+        h, last = ops.linear_scan(p.a, u, h0=None if state is None else state.h, reset=reset, return_final_state=True)
         return self.decode(h, x), MinimalState(last)
 
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
         """dt is the input weight of each channel, b_t = h̃_t."""
         p = self._gated(x)
-        none = torch.zeros(self.width, dtype=torch.bool)
-        ones, zeros = self.polarization.masks(self.units) if self.polarization else (none, none)
+        ones, zeros = heads.pinned_masks(self.units, self.polarization)
         return Coefficients(
             batch=x.shape[0], length=x.shape[1], state_shape=(self.width,),
             a_at=lambda t: p.a[:, t], u_at=lambda t: p.dt[:, t] * p.b[:, t], b_at=lambda t: p.b[:, t],

@@ -73,8 +73,7 @@ class RetNet(Mixer):
 
     def __init__(self, d_model: int, config: RetNetConfig, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)
-        self.learned = polarization.learned(config.n_heads) if polarization else config.n_heads
-        self.n_heads = polarization.total(config.n_heads) if polarization else config.n_heads
+        self.learned, self.n_heads = heads.sizes(config.n_heads, polarization)
         self.d_key = config.d_key or 2 * math.ceil(d_model / config.n_heads / 2)
         self.d_value = config.expand * self.d_key
 
@@ -121,9 +120,10 @@ class RetNet(Mixer):
         q, k, v, g = (
             heads.split(linear(x), self.n_heads) for linear in (self.q_proj, self.k_proj, self.v_proj, self.g_proj)
         )
-        at = positions(x, position, mask, reset)
+        at, position = heads.positions(x, position, mask, reset)
+        by = heads.rotation(at, self.d_key // 2, 10000, 1)
         k = heads.visible(k, mask) * self.d_key**-0.5
-        return _Projected(rotated(q, at), rotated(k, at), v, g, at[:, -1] + 1)
+        return _Projected(rotated(q, by), rotated(k, by), v, g, position)
 
     def _log_a(self, x: Tensor) -> Tensor:
         return self.log_gamma()[:, None].expand(*x.shape[:2], self.n_heads, 1)
@@ -157,28 +157,6 @@ class RetNet(Mixer):
         return self._finish(heads.read(p.q, states), p.g, x.dtype)
 
 
-def positions(
-    x: Tensor, start: Tensor | None, mask: Tensor | None, reset: Tensor | None
-) -> Int[Tensor, "batch length"]:
-    """The place of each token in its sequence, from 0 (or from `start`, (batch,)); padding has none, a reset begins anew."""
-    real = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
-    at = real.cumsum(1) - 1
-    if reset is not None:
-        at = at - torch.where(reset, at, 0).cummax(1).values
-    if start is None:
-        return at
-    fresh = torch.zeros_like(at[:, :1]) if reset is None else reset.cumsum(1)
-    return at + start[:, None] * (fresh == 0)
-
-
-def rotated(x: Float[Tensor, "batch length heads d"], at: Int[Tensor, "batch length"]) -> Tensor:
-    """Pair i of the last dimension turned by at · 10000^{-i/(d/2 - 1)}."""
-    exact = (
-        torch.float32 if x.device.type == "mps" else torch.float64
-    )  # float32 angles are off by 0.01 after 10^5 tokens
-    frequency = 10000 ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=exact, device=x.device)
-    angle = at[..., None, None].to(exact) * frequency
-    x = at_least_float32(x)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    left, right = x[..., ::2], x[..., 1::2]
-    return torch.stack([left * cos - right * sin, right * cos + left * sin], -1).flatten(-2)
+def rotated(x: Float[Tensor, "batch length heads d"], by: tuple[Tensor, Tensor]) -> Tensor:
+    """Neighbouring pairs of the last dimension turned."""
+    return torch.stack(heads.turned(x[..., ::2], x[..., 1::2], by), -1).flatten(-2)

@@ -54,8 +54,7 @@ class RWKV4(Mixer):
     def __init__(self, d_model: int, config: RWKV4Config, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)
         self.units = config.width or d_model
-        self.width = polarization.total(self.units) if polarization else self.units
-        learned = polarization.learned(self.units) if polarization else self.units
+        learned, self.width = heads.sizes(self.units, polarization)
         self.time_decay = nn.Parameter(torch.empty(learned))
         self.time_first = nn.Parameter(torch.empty(self.width))
         self.time_mix_key = nn.Parameter(torch.empty(d_model))

@@ -15,6 +15,7 @@ slowest of each head for the ones and the fastest for the zeros. The norm is ove
 zero change nothing.
 """
 
+from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
 
 
-class RWKV5Config(PlacedConfig):
+class MatrixConfig(PlacedConfig):
     """d_head: at most, where it does not divide d_model. layer, n_layers: mixing, decays and bonus begin differently at each depth.
     norm_eps: the code divides by 8 before a norm of 10^-5; this is the same without dividing."""
 
@@ -38,35 +39,35 @@ class RWKV5Config(PlacedConfig):
     norm_eps: float = Field(default=64e-5, gt=0)
 
 
-class RWKV5State(NamedTuple):
+class MatrixState(NamedTuple):
     shift: Float[Tensor, "batch d_model"]
     h: Float[Tensor, "batch heads d_key d_head"]
 
 
-class _Projected(NamedTuple):
+class Projected(NamedTuple):
     r: Tensor
     k: Tensor
     v: Tensor
     g: Tensor
+    log_a: Tensor
     last: Tensor
 
 
-class RWKV5(Mixer):
-    config_class: ClassVar[type[MixerConfig]] = RWKV5Config
-    config: RWKV5Config
-    title: ClassVar[str] = "RWKV-5"
-    source: ClassVar[str] = "Peng et al. 2024, arXiv 2404.05892"
-    transition: ClassVar[str] = "real diagonal over key dimensions, constant"
-    unit: ClassVar[str] = "a key dimension of each head"
+class MatrixRWKV(Mixer):
+    """What RWKV-5 and RWKV-6 share: all but where the token shift's mixing and the decay come from."""
 
-    def __init__(self, d_model: int, config: RWKV5Config, polarization: Polarization | None = None) -> None:
+    config: MatrixConfig
+    source: ClassVar[str] = "Peng et al. 2024, arXiv 2404.05892"
+    unit: ClassVar[str] = "a key dimension of each head"
+    mixed: ClassVar[tuple[str, ...]]  # what has a μ
+
+    def __init__(self, d_model: int, config: MatrixConfig, polarization: Polarization | None) -> None:
         super().__init__(d_model, config, polarization)
         self.n_heads, self.d_head = heads.heads_of(d_model, config.d_head)
-        self.learned = polarization.learned(self.d_head) if polarization else self.d_head
-        self.d_key = polarization.total(self.d_head) if polarization else self.d_head
+        self.learned, self.d_key = heads.sizes(self.d_head, polarization)
         n = self.n_heads
 
-        self.mix = nn.ParameterDict({name: torch.empty(d_model) for name in ("r", "k", "v", "g")})
+        self.mix = nn.ParameterDict({name: torch.empty(d_model) for name in self.mixed})
         self.r_proj = nn.Linear(d_model, n * self.d_key, bias=False)
         self.k_proj = nn.Linear(d_model, n * self.d_key, bias=False)
         self.v_proj = nn.Linear(d_model, n * self.d_head, bias=False)
@@ -76,14 +77,10 @@ class RWKV5(Mixer):
         self.norm_weight = nn.Parameter(torch.empty(n, self.d_head))
         self.norm_bias = nn.Parameter(torch.empty(n, self.d_head))
         self.out_proj = nn.Linear(n * self.d_head, d_model, bias=False)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The authors' (RWKV-LM), by depth: the output begins at zero, a layer at the identity."""
-        share = first_share(self.d_model, self.config)
-        for name, start in (("r", share**0.5), ("k", share), ("v", share + 0.3 * self.config.depth), ("g", share**0.5)):
-            self.mix[name].copy_(start)
+        """The authors' (RWKV-LM), by depth: the output begins at zero, a layer at the identity. μ is left to the version."""
         for linear, gain in ((self.r_proj, 1), (self.k_proj, 0.1), (self.v_proj, 1), (self.g_proj, 0.1)):
             nn.init.orthogonal_(linear.weight, gain=gain)
         nn.init.zeros_(self.out_proj.weight)
@@ -95,23 +92,17 @@ class RWKV5(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"decay", "bonus", "norm_weight", "norm_bias", *(f"mix.{name}" for name in self.mix)}
 
-    def log_a(self) -> Float[Tensor, "heads d_key"]:
-        """log a = -exp(w), float32 (float64 for a float64 model), pinned dimensions included."""
-        return heads.pinned(-torch.exp(at_least_float32(self.decay)), self.polarization)
-
-    def _log_a(self, x: Tensor) -> Tensor:
-        return self.log_a().expand(*x.shape[:2], -1, -1)
-
+    @abstractmethod
     def _project(
         self, x: Tensor, last: Tensor | None = None, mask: Tensor | None = None, reset: Tensor | None = None
-    ) -> _Projected:
-        x = heads.visible(x, mask)
-        previous, last = heads.token_shift(x, last, reset)
-        r, k, v, g = (
-            heads.split(linear(torch.lerp(previous, x, self.mix[name].to(x.dtype))), self.n_heads)
-            for name, linear in (("r", self.r_proj), ("k", self.k_proj), ("v", self.v_proj), ("g", self.g_proj))
-        )
-        return _Projected(r, k, v, g, last)
+    ) -> Projected:
+        """Everything before the recurrence, pinned dimensions included; `last` of the result is the token to shift in next."""
+
+    def _heads(self, shifted: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """r, k, v, g, from the tokens as each sees them."""
+        linears = (("r", self.r_proj), ("k", self.k_proj), ("v", self.v_proj), ("g", self.g_proj))
+        r, k, v, g = (heads.split(linear(shifted[name]), self.n_heads) for name, linear in linears)
+        return r, k, v, g
 
     def _finish(self, y: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
         y = heads.head_group_norm(y, self.norm_weight, self.norm_bias, self.config.norm_eps) * F.silu(g)
@@ -120,21 +111,21 @@ class RWKV5(Mixer):
     def forward(
         self,
         x: Float[Tensor, "batch length d_model"],
-        state: RWKV5State | None = None,
+        state: MatrixState | None = None,
         *,
         mask: Bool[Tensor, "batch length"] | None = None,
         reset: Bool[Tensor, "batch length"] | None = None,
-    ) -> tuple[Float[Tensor, "batch length d_model"], RWKV5State]:
+    ) -> tuple[Float[Tensor, "batch length d_model"], MatrixState]:
         last, h = state if state is not None else (None, None)
         p = self._project(x, last, mask, reset)
         y, h = ops.gated_linear_attention(
-            p.r, p.k, p.v, self._log_a(x), bonus=self.bonus, h0=h, reset=reset, return_final_state=True
+            p.r, p.k, p.v, p.log_a, bonus=self.bonus, h0=h, reset=reset, return_final_state=True
         )
-        return self._finish(y, p.g, x.dtype), RWKV5State(p.last, h)
+        return self._finish(y, p.g, x.dtype), MatrixState(p.last, h)
 
     def coefficients(self, x: Float[Tensor, "batch length d_model"]) -> Coefficients:
         p = self._project(x)
-        return heads.matrix_coefficients(self._log_a(x), p.k, p.v, *heads.pinned_masks(self.d_head, self.polarization))
+        return heads.matrix_coefficients(p.log_a, p.k, p.v, *heads.pinned_masks(self.d_head, self.polarization))
 
     def decode(
         self, states: Float[Tensor, "batch length heads d_key d_head"], x: Float[Tensor, "batch length d_model"]
@@ -143,9 +134,41 @@ class RWKV5(Mixer):
         return self._finish(heads.read_before_writing(p.r, p.k, p.v, self.bonus, states), p.g, x.dtype)
 
 
-def first_share(d_model: int, config: PlacedConfig) -> Tensor:
-    """How much of the current token each channel of a token shift takes at the beginning: (i / d_model)^(1 - layer / n_layers)."""
-    return (torch.arange(d_model, dtype=torch.float32) / d_model) ** (1 - config.layer / config.n_layers)
+class RWKV5(MatrixRWKV):
+    config_class: ClassVar[type[MixerConfig]] = MatrixConfig
+    title: ClassVar[str] = "RWKV-5"
+    transition: ClassVar[str] = "real diagonal over key dimensions, constant"
+    mixed: ClassVar[tuple[str, ...]] = ("r", "k", "v", "g")
+
+    def __init__(self, d_model: int, config: MatrixConfig, polarization: Polarization | None = None) -> None:
+        super().__init__(d_model, config, polarization)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, share in first_shares(self.d_model, self.config, self.mixed).items():
+            self.mix[name].copy_(share)
+
+    def log_a(self) -> Float[Tensor, "heads d_key"]:
+        """log a = -exp(w), float32 (float64 for a float64 model), pinned dimensions included."""
+        return heads.pinned(-torch.exp(at_least_float32(self.decay)), self.polarization)
+
+    def _project(
+        self, x: Tensor, last: Tensor | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> Projected:
+        x = heads.visible(x, mask)
+        previous, last = heads.token_shift(x, last, reset)
+        shifted = {name: torch.lerp(previous, x, mix.to(x.dtype)) for name, mix in self.mix.items()}
+        return Projected(*self._heads(shifted), self.log_a().expand(*x.shape[:2], -1, -1), last)
+
+
+def first_shares(d_model: int, config: PlacedConfig, mixed: tuple[str, ...]) -> dict[str, Tensor]:
+    """How much of the current token each channel of a token shift takes at the beginning: (i / d_model)^(1 - layer / n_layers),
+    its root for r and g, more with depth for v."""
+    share = (torch.arange(d_model, dtype=torch.float32) / d_model) ** (1 - config.layer / config.n_layers)
+    special = {"r": share**0.5, "g": share**0.5, "v": share + 0.3 * config.depth}
+    return {name: special.get(name, share) for name in mixed}
 
 
 def decays(n_heads: int, units: int, learned: int, config: PlacedConfig, polarization: Polarization | None) -> Tensor:

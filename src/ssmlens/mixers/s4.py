@@ -28,9 +28,10 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from ssmlens.mixers import hippo
+from ssmlens.mixers import heads, hippo
 from ssmlens.mixers.base import MixerConfig, at_least_float32
 from ssmlens.mixers.s4d import StateSpaceBlock, StateSpaceConfig, initial_steps
+from ssmlens.ops._check import full_precision
 from ssmlens.ops.reference import transition
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
@@ -62,7 +63,7 @@ class LowRankKernel(nn.Module):
     def __init__(self, channels: int, config: S4Config, polarization: Polarization | None) -> None:
         super().__init__()
         self.channels, self.config, self.polarization = channels, config, polarization
-        self.modes = polarization.learned(config.d_state // 2) if polarization else config.d_state // 2
+        self.modes, _ = heads.sizes(config.d_state // 2, polarization)
         self.pinned = polarization.pinned if polarization else 0
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real = nn.Parameter(torch.empty(channels, self.modes))  # log(-Re Λ)
@@ -122,16 +123,11 @@ class LowRankKernel(nn.Module):
         self, x: Tensor, D: Tensor, h: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """s (batch, length, channels) and the state after the last token. In chunks; token by token, and slower, where the state is
-        emptied in between, or where padding must leave a carried state alone."""
-        with torch.autocast(x.device.type, enabled=False):
+        emptied in between."""
+        with full_precision(x):
             system = self.discrete()
-            inputs = x.to(system.A.dtype)
-            if mask is not None:
-                inputs = inputs.masked_fill(~mask[..., None], 0)
-            if reset is None and (mask is None or h is None):
-                s, h = _in_chunks(system, inputs, h)
-            else:
-                s, h = _by_token(system, inputs, h, mask, reset)
+            inputs = heads.visible(x.to(system.A.dtype), mask)
+            s, h = _in_chunks(system, inputs, h) if reset is None else _by_token(system, inputs, h, reset)
             return (s + at_least_float32(D) * inputs).to(x.dtype), h
 
 
@@ -139,17 +135,13 @@ def _real(z: Tensor) -> Tensor:
     return torch.cat([z.real, z.imag], -1)
 
 
-def _by_token(
-    system: Discrete, x: Tensor, h: Tensor | None, mask: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _by_token(system: Discrete, x: Tensor, h: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
     if h is None:
         h = x.new_zeros(x.shape[0], *system.B.shape)
     outputs = []
     for t in range(x.shape[1]):
-        if reset is not None:
-            h = h.masked_fill(reset[:, t, None, None], 0)
-        after = torch.einsum("dij,bdj->bdi", system.A, h) + system.B * x[:, t, :, None]
-        h = after if mask is None else torch.where(mask[:, t, None, None], after, h)
+        h = h.masked_fill(reset[:, t, None, None], 0)
+        h = torch.einsum("dij,bdj->bdi", system.A, h) + system.B * x[:, t, :, None]
         outputs.append((system.C * h).sum(-1))
     return torch.stack(outputs, 1), h
 

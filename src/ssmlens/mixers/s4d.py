@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens import ops
-from ssmlens.mixers import hippo
+from ssmlens.mixers import heads, hippo
 from ssmlens.mixers.base import Mixer, MixerConfig, at_least_float32
 from ssmlens.ops.reference import zero_order_hold
 from ssmlens.polarization import Polarization
@@ -88,7 +88,7 @@ class DiagonalKernel(nn.Module):
         self.complex = config.initialization != "real"
         self.units = config.d_state // 2 if self.complex else config.d_state
         self.pinned = polarization.pinned if polarization else 0
-        learned = polarization.learned(self.units) if polarization else self.units
+        learned, _ = heads.sizes(self.units, polarization)
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real = nn.Parameter(torch.empty(channels, learned))  # log(-Re A)
         self.A_imag = nn.Parameter(torch.empty(channels, learned)) if self.complex else None
@@ -123,7 +123,7 @@ class DiagonalKernel(nn.Module):
         A = -torch.exp(at_least_float32(self.log_A_real))
         if self.A_imag is not None:
             A = torch.complex(A, at_least_float32(self.A_imag))
-        return self.polarization.join(A) if self.polarization else A
+        return heads.pinned(A, self.polarization)
 
     def read_out(self) -> Tensor:
         """What h is multiplied with, (channels, modes): 2C, where one of each conjugate pair is kept, else C."""
@@ -142,27 +142,22 @@ class DiagonalKernel(nn.Module):
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Which of (channels, modes) are held at one, which at zero."""
-        none = torch.zeros(self.units, dtype=torch.bool)
-        ones, zeros = self.polarization.masks(self.units) if self.polarization else (none, none)
+        ones, zeros = heads.pinned_masks(self.units, self.polarization)
         return ones.expand(self.channels, -1), zeros.expand(self.channels, -1)
 
     def forward(
         self, x: Tensor, D: Tensor, h: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """s (batch, length, channels) and the state after the last token. One FFT convolution; the recurrence itself for a single
-        token, where the state is emptied in between, and where padding must leave a carried state alone."""
+        token, and where the state is emptied in between."""
         A, C, D = self.A(), self.read_out(), at_least_float32(D)
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)
-        if reset is None and (mask is None or h is None) and x.shape[1] > 1:
+        x = heads.visible(x, mask)
+        if reset is None and x.shape[1] > 1:
             s, h = ops.lti_convolution(x, A, torch.ones_like(A), C, self.dt(), D=D, h0=h, return_final_state=True)
             return s, h
         dt = self.dt()
         gain = self.discrete()[1] / dt[:, None]  # the op multiplies by Δ, as in Mamba, the hold by (exp(ΔA) - 1)/A
-        steps = dt.expand(x.shape)
-        if mask is not None:
-            steps = steps * mask[..., None]
-        s, h = ops.selective_scan(x, steps, A, gain, C, D=D, h0=h, reset=reset, return_final_state=True)
+        s, h = ops.selective_scan(x, dt.expand(x.shape), A, gain, C, D=D, h0=h, reset=reset, return_final_state=True)
         return s, h
 
 

@@ -87,7 +87,7 @@ class Architecture(Config):
             )  # fmt: skip
             mlp = None
             if self.mlp != "none":
-                mlp = MLP(self.d_model, self.mlp, round(self.mlp_ratio * self.d_model), self.n_residuals)
+                mlp = MLP(self.d_model, self.mlp, max(1, round(self.mlp_ratio * self.d_model)), self.n_residuals)
             blocks.append(Block(mixer, self.norm_eps, mlp))
         return blocks
 
@@ -185,16 +185,27 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(architecture.d_model, architecture.vocab_size, bias=False)
         self.post_init()
 
+    def initialize_weights(self) -> None:
+        """Module by module, each as a whole. transformers' own walk asks whether a module's direct parameters came from the checkpoint, and
+        so would leave a missing linear layer inside a mixer as memory happened to be."""
+        for module in self.modules():
+            self._init_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Each module initialises itself; transformers' own scheme would overwrite what a mixer sets up, biases first of all.
         What a checkpoint has already filled stays."""
         if not isinstance(module, Mixer | MLP | RMSNorm | Embedding) and module is not self.lm_head:
             return
-        loaded = {n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+        own = [*module.parameters(), *module.buffers()]
+        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
+        if len(loaded) == len(own):
+            return
         module.reset_parameters()
-        for name, value in loaded.items():
-            module.get_parameter(name).copy_(value)
+        for p, value in loaded:
+            p.copy_(value)
+        for p in own:
+            p._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark, so that a second call leaves it alone
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
