@@ -35,6 +35,11 @@ def linear(a: Tensor, u: Tensor, h0: Tensor) -> Any:
     return cpu.linear_scan(a, u, h0=h0, reset=RESET)
 
 
+def rwkv4(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, p: Tensor, s: Tensor, m: Tensor) -> Any:
+    y, state = cpu.rwkv4_attention(r, k, v, w, u, state=(p, s, m), reset=RESET)
+    return (y, *state)
+
+
 def scan_arguments(fixed: bool = False) -> list[Tensor]:
     matrix = (D, N) if fixed else (BATCH, LENGTH, N)
     A = -normal(D, N).abs() - 0.1
@@ -43,12 +48,37 @@ def scan_arguments(fixed: bool = False) -> list[Tensor]:
             normal(D, seed=1), normal(BATCH, D, N)]  # fmt: skip
 
 
+def complex_scan_arguments(fixed: bool = False) -> list[Tensor]:
+    x, dt, A, B, C, *most, h0 = scan_arguments(fixed)
+    imaginary = (normal(*t.shape, seed=7) for t in (A, B, C, h0))
+    A, B, C, h0 = (torch.complex(t, i) for t, i in zip((A, B, C, h0), imaginary, strict=True))
+    return [x, dt, A, B, C, *most, h0]
+
+
+def rwkv4_arguments() -> list[Tensor]:
+    row = (BATCH, LENGTH, D)
+    return [normal(*row), normal(*row, seed=1), normal(*row, seed=2), normal(D).exp(), normal(D, seed=1),
+            normal(BATCH, D), normal(BATCH, D, seed=1).exp(), normal(BATCH, D, seed=2)]  # fmt: skip
+
+
 CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "scan": (scan, scan_arguments()),
     "scan, fixed B and C": (scan, scan_arguments(fixed=True)),
+    "complex scan": (scan, complex_scan_arguments()),
+    "complex scan, fixed B and real C": (
+        scan,
+        [a.real if i == 4 else a for i, a in enumerate(complex_scan_arguments(fixed=True))],
+    ),
     "convolution": (convolution, [normal(BATCH, LENGTH, D), normal(D, 3), normal(D), normal(BATCH, 2, D)]),
     "linear": (linear, [normal(BATCH, LENGTH, D).sigmoid(), normal(BATCH, LENGTH, D, seed=1), normal(BATCH, D)]),
+    "rwkv4": (rwkv4, rwkv4_arguments()),
 }
+
+
+def scalar(outputs: Any) -> Tensor:
+    """A real number that depends on every output."""
+    parts = [torch.view_as_real(o) if o.is_complex() else o for o in outputs]
+    return 2 * parts[0].square().sum() + sum(p.sum() + 0.5 * p.square().sum() for p in parts[1:])
 
 
 @pytest.fixture(params=CASES)
@@ -65,8 +95,9 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(function, arguments, fast_mode=False)
 
 
-def test_opcheck() -> None:
-    x, dt, A, B, C, skip, z, bias, h0 = scan_arguments()
+@pytest.mark.parametrize("arguments", [scan_arguments(), complex_scan_arguments()], ids=["real", "complex"])
+def test_opcheck_of_the_scan(arguments: list[Tensor]) -> None:
+    x, dt, A, B, C, skip, z, bias, h0 = arguments
     ops = torch.ops.ssmlens
     some = (x, dt, A, B, C, skip, z, bias, True, h0, RESET)
     y, h, saved = ops.cpu_selective_scan(*some, True)
@@ -75,19 +106,45 @@ def test_opcheck() -> None:
     least = (x, dt.abs(), A, B[0, :D], C[0, :D], None, None, None, False, None, None)
     torch.library.opcheck(ops.cpu_selective_scan.default, (*least, True))
     torch.library.opcheck(ops.cpu_selective_scan_backward.default, (y, None, saved, *least, 1))
-    torch.library.opcheck(ops.cpu_linear_scan.default, (x.sigmoid(), z, None, RESET))
-    torch.library.opcheck(ops.cpu_linear_scan_backward.default, (dt, x.sigmoid(), z, None, RESET))
+
+
+def test_opcheck_in_half_precision() -> None:
+    x, dt, A, B, C, skip, z, bias, h0 = (a.float() for a in scan_arguments())
+    x, dt, B, C, z = x.bfloat16(), dt.half(), B.bfloat16(), C.half(), z.bfloat16()
+    ops = torch.ops.ssmlens
+    some = (x, dt, A, B, C, skip, z, bias, True, h0, RESET)
+    y, h, saved = ops.cpu_selective_scan(*some, True)
+    torch.library.opcheck(ops.cpu_selective_scan.default, (*some, True))
+    torch.library.opcheck(ops.cpu_selective_scan_backward.default, (y, h, saved, *some, 1))
+    _, last, saved = ops.cpu_linear_scan(dt, x, None, RESET, True)
+    torch.library.opcheck(ops.cpu_linear_scan.default, (dt, x, None, RESET, True))
+    torch.library.opcheck(ops.cpu_linear_scan_backward.default, (x, last, saved, dt, x, None, RESET))
+
+
+def test_opcheck_of_the_others() -> None:
+    x, dt, A, _, _, skip, z, _, _ = scan_arguments()
+    ops = torch.ops.ssmlens
+    linear_arguments = (x.sigmoid(), z, None, RESET)
+    h, last, saved = ops.cpu_linear_scan(*linear_arguments, True)
+    torch.library.opcheck(ops.cpu_linear_scan.default, (*linear_arguments, True))
+    torch.library.opcheck(ops.cpu_linear_scan_backward.default, (h, last, saved, *linear_arguments))
     conv = (x, normal(D, 3), skip, True, normal(BATCH, 2, D), RESET)
     torch.library.opcheck(ops.cpu_causal_conv1d.default, conv)
-    torch.library.opcheck(ops.cpu_causal_conv1d_backward.default, (y, *conv, 1))
+    torch.library.opcheck(ops.cpu_causal_conv1d_backward.default, (x, *conv, 1))
+    attention = (*rwkv4_arguments(), RESET)
+    y, p, s, m, saved = ops.cpu_rwkv4_attention(*attention, True)
+    torch.library.opcheck(ops.cpu_rwkv4_attention.default, (*attention, True))
+    torch.library.opcheck(ops.cpu_rwkv4_attention_backward.default, (y, p, s, m, saved, *attention, 1))
+    no_state = (*rwkv4_arguments()[:5], None, None, None, None)
+    torch.library.opcheck(ops.cpu_rwkv4_attention_backward.default, (y, None, None, None, saved, *no_state, 1))
+    torch.library.opcheck(ops.cpu_exponentials.default, (dt, A))
 
 
 def test_compile_without_graph_breaks(case: Case) -> None:
     function, arguments = case
 
     def loss(*own: Tensor) -> Tensor:
-        y, last = function(*own)
-        return (y * 2).sum() + last.square().sum()
+        return scalar(function(*own))
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     value, expected = compiled(*arguments), loss(*arguments)
@@ -100,7 +157,8 @@ def test_compile_without_graph_breaks(case: Case) -> None:
 def test_batched_probes_are_one_call(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     function, arguments = case
     outputs = function(*arguments)
-    probes = [torch.stack([normal(*o.shape, seed=i) for i in range(4)]) for o in outputs]
+    probes = [torch.stack([normal(*o.shape, seed=i).to(o.dtype) * (2 + (1j if o.is_complex() else 0)) for i in range(4)])
+              for o in outputs]  # fmt: skip
     kept = {"retain_graph": True}
     expected = [torch.autograd.grad(outputs, arguments, [p[i] for p in probes], **kept) for i in range(4)]
     calls = count_backward_calls(monkeypatch)
@@ -133,9 +191,7 @@ def test_vmap_over_each_argument_alone_and_over_all(case: Case) -> None:
 
     def value_and_gradients(*own: Tensor) -> Any:
         numbers = tuple(range(len(own)))
-        return torch.func.grad_and_value(lambda *a: function(*a)[0].square().sum() + function(*a)[1].sum(), numbers)(
-            *own
-        )
+        return torch.func.grad_and_value(lambda *a: scalar(function(*a)), numbers)(*own)
 
     choices = [[k] for k in range(len(arguments))] + [list(range(len(arguments)))]
     for mapped in choices:

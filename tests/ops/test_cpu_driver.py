@@ -11,7 +11,7 @@ from ssmlens.ops.cpu import build
 
 pytestmark = needs_compiler
 AVX2 = pytest.mark.skipif("avx2" not in build.processor() or platform.machine() != "x86_64", reason="no AVX2")
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,12 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
     [
         pytest.param(["-O1"], id="no vector instructions asked for"),
         pytest.param(["-O1", "-mavx2", "-mfma"], id="AVX2", marks=AVX2),
-        pytest.param(["-O1", "-march=native", *SANITIZERS], id="sanitizers", marks=pytest.mark.slow),
+        pytest.param(
+            ["-O1", "-march=native", "-DONLY_FLOAT", *SANITIZERS], id="sanitizers, float", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["-O1", "-march=native", "-DONLY_DOUBLE", *SANITIZERS], id="sanitizers, double", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_driver(flags: list[str], tmp_path: Path) -> None:

@@ -314,6 +314,19 @@ def test_long_sequence_at_one() -> None:
     assert torch.equal(x.grad[0, :, 0], torch.arange(length, 0, -1.0))  # type: ignore[index]
 
 
+def test_the_floor_computes_as_many_exponentials_as_the_scan_has_elements() -> None:
+    """Of the first steps of dt, again and again, so that these stay in the cache."""
+    batch, length, d, n = 2, 70, 21, 5
+    dt, A = torch.rand(batch, length, d, dtype=torch.float64), -torch.rand(d, n, dtype=torch.float64)
+    again = dt[:, torch.arange(length) % 32]
+    expected = torch.exp(again[..., None] * A).sum((0, 1, 3))
+    torch.testing.assert_close(cpu.exponentials(dt, A), expected)
+    torch.testing.assert_close(cpu.exponentials(dt.float(), A.float()).double(), expected, rtol=1e-5, atol=0)
+    assert (cpu.exponentials(torch.zeros(batch, length, d), A.float()) == batch * length * n).all()
+    with pytest.raises(TypeError, match="real"):
+        cpu.exponentials(dt, A + 0j)
+
+
 # ---------------------------------------------------------------- linear_scan
 
 

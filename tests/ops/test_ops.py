@@ -62,9 +62,9 @@ def test_selective_scan_at_any_shape(batch, length, d_inner, d_state, extras, se
 
 
 def test_blocks_of_the_chunked_path_join_exactly(monkeypatch):
-    monkeypatch.setattr(chunked, "BLOCK", 16)
+    monkeypatch.setattr(chunked.scan, "BLOCK", 16)
     agree(selective_scan, selective(length=70), "chunked", torch.float64)
-    monkeypatch.setattr(chunked, "WIDE", 1)
+    monkeypatch.setattr(chunked.scan, "WIDE", 1)
     agree(selective_scan, selective(length=70), "chunked", torch.float64)
 
 
@@ -189,7 +189,7 @@ def test_linear_scan_broadcasts_and_differentiates_twice():
 @pytest.mark.parametrize("keys", [1, 3])
 @pytest.mark.parametrize("bonus", [False, True])
 def test_gated_linear_attention(keys, bonus, monkeypatch):
-    monkeypatch.setattr(chunked, "BLOCK", 400)
+    monkeypatch.setattr(chunked.scan, "BLOCK", 400)
     log_a = -rand(2, 40, 4, keys, seed=3).detach().abs()
     log_a[:, 4:7], log_a[:, 9, :2] = 0, -torch.inf
     kw = {"q": rand(2, 40, 2, 3), "k": rand(2, 40, 2, 3, seed=1), "v": rand(2, 40, 4, 5, seed=2), "log_a": log_a,

@@ -3,8 +3,10 @@
     reference   a plain loop over tokens, the judge of the others
     chunked     pure torch, any device, real and complex, memory linear in length
     cpu         C++, compiled for this machine on first use (`ssmlens.ops.cpu`)
+    triton      kernels for an NVIDIA GPU (`ssmlens.ops.triton`)
+    mamba_ssm, fla   other people's GPU kernels, where their packages are installed (`ssmlens.ops.peers`)
 
-`backend="auto"` takes the fastest that supports the arguments; `backend_for` says which. The state, A, a, dt_bias and every
+`backend="auto"` takes the fastest of our own that supports the arguments; `backend_for` says which. The state, A, a, dt_bias and every
 accumulation are float32 (float64 for float64 input) under any autocast; y has the dtype of x, final states are float32/64.
 Wrong shapes, dtypes and devices raise ValueError or TypeError that name the argument; values are checked under `checks(True)`.
 """
@@ -21,35 +23,45 @@ __all__ = [
     "rwkv4_attention", "selective_scan",
 ]  # fmt: skip
 
-BACKENDS = ("auto", "reference", "chunked", "cpu")
+BACKENDS = ("auto", "reference", "chunked", "cpu", "triton", "mamba_ssm", "fla")
+_PEERS = {"mamba_ssm": "selective_scan", "fla": "gated_linear_attention"}  # what each computes
 
 
 def backend_for(op: str, x: Tensor, A: Tensor | None = None) -> str:
     """The backend that `backend="auto"` takes for `op` (a public function's name) on input x, with transition A or a."""
-    from ssmlens.ops import cpu
+    own = {"cpu": "cpu", "cuda": "triton"}.get(x.device.type)
+    return own if own is not None and _can(op, own, x, A) else "chunked"
 
-    kernels = {
-        "selective_scan": cpu.supports_selective_scan,
-        "linear_scan": cpu.supports_linear_scan,
-        "causal_conv1d": cpu.supports_causal_conv1d,
-    }
-    empty = x.numel() == 0 or (A is not None and A.numel() == 0)
-    supported = x.device.type == "cpu" and not empty and op in kernels and kernels[op](x, A)
-    return "cpu" if supported and cpu.available() else "chunked"
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "cpu":
+        from ssmlens.ops import cpu
+
+        return cpu
+    from ssmlens.ops import triton
+
+    return triton
+
+
+def _can(op: str, backend: str, x: Tensor, A: Tensor | None) -> bool:
+    """Each kernel of "cpu" and "triton" comes with the question what it can do."""
+    if x.numel() == 0 or (A is not None and A.numel() == 0):
+        return False
+    kernels = _kernels(backend)
+    supports = getattr(kernels, f"supports_{op}", None)
+    return supports is not None and bool(supports(x, A)) and bool(kernels.available())
 
 
 def _module(op: str, backend: str, x: Tensor, A: Tensor | None = None) -> ModuleType:
     if backend == "auto":
         backend = backend_for(op, x, A)
-    elif backend == "cpu" and backend_for(op, x, A) != "cpu":
-        from ssmlens.ops import cpu
-
-        reason = cpu.why_unavailable() or "it does not support these arguments"
-        raise ValueError(f"{op}: backend 'cpu' cannot be used here: {reason}")
-    if backend == "cpu":
-        from ssmlens.ops import cpu
-
-        return cpu
+    elif backend in ("cpu", "triton") and not _can(op, backend, x, A):
+        reason = _kernels(backend).why_unavailable() or "it does not support these arguments"
+        raise ValueError(f"{op}: backend {backend!r} cannot be used here: {reason}")
+    elif backend in _PEERS and _PEERS[backend] != op:
+        raise ValueError(f"{op}: backend {backend!r} computes {_PEERS[backend]} only")
+    if backend in ("cpu", "triton"):
+        return _kernels(backend)
     if backend == "chunked":
         from ssmlens.ops import chunked
 
@@ -58,7 +70,19 @@ def _module(op: str, backend: str, x: Tensor, A: Tensor | None = None) -> Module
         from ssmlens.ops import reference
 
         return reference
+    if backend in _PEERS:
+        from ssmlens.ops import peers
+
+        return peers
     raise ValueError(f"{op}: unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+
+
+def _widened(module: ModuleType, x: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """For the reference, which computes in the dtype it is given: everything in that of the state. The others read half precision
+    themselves, and need no copies of it."""
+    if not module.__name__.endswith(".reference"):
+        return list(tensors)
+    return [_check.promoted(t, _check.state_dtype(x)) for t in tensors]
 
 
 def selective_scan(
@@ -126,12 +150,8 @@ def selective_scan(
 
     module = _module("selective_scan", backend, x, A)
     with _check.full_precision(x):
-        s = _check.state_dtype(x)
-        y, h_T = module.selective_scan(
-            *(_check.promoted(p, s) for p in (x, dt, A, B, C)),
-            D=_check.promoted(D, s), z=_check.promoted(z, s), dt_bias=_check.promoted(dt_bias, s), dt_softplus=dt_softplus,
-            h0=_check.promoted(h0, s), reset=reset,
-        )  # fmt: skip
+        *needed, D, z, dt_bias, h0 = _widened(module, x, (x, dt, A, B, C, D, z, dt_bias, h0))
+        y, h_T = module.selective_scan(*needed, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, h0=h0, reset=reset)
     y = y.to(x.dtype)
     return (y, h_T) if return_final_state else y
 
@@ -172,10 +192,8 @@ def linear_scan(
         a, u, h0 = a[..., None], u[..., None], None if h0 is None else h0[..., None]
     module = _module("linear_scan", backend, u, a)
     with _check.full_precision(u):
-        s = _check.state_dtype(u.real if u.is_complex() else u)
-        h, h_T = module.linear_scan(
-            _check.promoted(a, s), _check.promoted(u, s), h0=_check.promoted(h0, s), reset=reset
-        )
+        *needed, h0 = _widened(module, u.real if u.is_complex() else u, (a, u, h0))
+        h, h_T = module.linear_scan(*needed, h0=h0, reset=reset)
     if not (h.is_complex() and not u.is_complex()):
         h = h.to(u.dtype)
     if scalar:
@@ -227,13 +245,10 @@ def gated_linear_attention(
         _check.flags("reset", reset, batch, length, v)
         _check.values(q=q, k=k, v=v, log_a=log_a, bonus=bonus, h0=h0)
         _check.not_positive("log_a", log_a)
-    module = _module("gated_linear_attention", backend, v)
+    module = _module("gated_linear_attention", backend, v, log_a)
     with _check.full_precision(v):
-        s = _check.state_dtype(v)
-        y, H_T = module.gated_linear_attention(
-            *(_check.promoted(p, s) for p in (q, k, v, log_a)),
-            bonus=_check.promoted(bonus, s), h0=_check.promoted(h0, s), reset=reset,
-        )  # fmt: skip
+        *needed, bonus, h0 = _widened(module, v, (q, k, v, log_a, bonus, h0))
+        y, H_T = module.gated_linear_attention(*needed, bonus=bonus, h0=h0, reset=reset)
     y = y.to(v.dtype)
     return (y, H_T) if return_final_state else y
 
@@ -276,13 +291,10 @@ def rwkv4_attention(
         _check.flags("reset", reset, batch, length, v)
         _check.values(r=r, k=k, v=v, w=w, u=u)
         _check.not_positive("-w", -w)
-    module = _module("rwkv4_attention", backend, v)
+    module = _module("rwkv4_attention", backend, v, w)
     with _check.full_precision(v):
-        s = _check.state_dtype(v)
-        carried = None if state is None else tuple(_check.promoted(p, s) for p in state)
-        y, state_T = module.rwkv4_attention(
-            *(_check.promoted(p, s) for p in (r, k, v, w, u)), state=carried, reset=reset
-        )
+        carried = None if state is None else tuple(_widened(module, v, state))
+        y, state_T = module.rwkv4_attention(*_widened(module, v, (r, k, v, w, u)), state=carried, reset=reset)
     y = y.to(v.dtype)
     return (y, state_T) if return_final_state else y
 
@@ -296,6 +308,7 @@ def lti_convolution(
     *,
     D: Tensor | None = None,
     h0: Tensor | None = None,
+    reset: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -304,6 +317,7 @@ def lti_convolution(
 
     x: (batch, length, d_inner)   A, B, C: (d_inner, d_state), real or complex, real part of A ≤ 0   dt, D: (d_inner,)
     h0: (batch, d_inner, d_state). A factor 2 for one of each conjugate pair belongs into C.
+    reset: (batch, length) bool, the state is emptied before such a token; then the recurrence itself is run, no FFT.
     Returns y like x, and h_T if return_final_state.
     Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong."""
     with _check.naming("lti_convolution"):
@@ -324,14 +338,13 @@ def lti_convolution(
         if h0 is not None:
             _check.tensor("h0", h0, (batch, d_inner, A.shape[1]), x)
             _check.floating("h0", h0, complex_ok=True)
+        _check.flags("reset", reset, batch, length, x)
         _check.values(x=x, A=A, B=B, C=C, dt=dt, D=D, h0=h0)
         _check.not_positive("A", A)
-    module = _module("lti_convolution", backend, x)
+    module = _module("lti_convolution", backend, x, A)
     with _check.full_precision(x):
-        s = _check.state_dtype(x)
-        y, h_T = module.lti_convolution(
-            *(_check.promoted(p, s) for p in (x, A, B, C, dt)), D=_check.promoted(D, s), h0=_check.promoted(h0, s)
-        )
+        *needed, D, h0 = _widened(module, x, (x, A, B, C, dt, D, h0))
+        y, h_T = module.lti_convolution(*needed, D=D, h0=h0, reset=reset)
     y = y.to(x.dtype)
     return (y, h_T) if return_final_state else y
 
@@ -372,12 +385,9 @@ def causal_conv1d(
             _check.floating("initial", initial)
         _check.flags("reset", reset, batch, length, x)
         _check.values(x=x, weight=weight, bias=bias, initial=initial)
-    module = _module("causal_conv1d", backend, x)
+    module = _module("causal_conv1d", backend, x, weight)
     with _check.full_precision(x):
-        s = _check.state_dtype(x)
-        y, last = module.causal_conv1d(
-            _check.promoted(x, s), _check.promoted(weight, s), _check.promoted(bias, s),
-            activation=activation, initial=_check.promoted(initial, s), reset=reset,
-        )  # fmt: skip
+        *needed, initial = _widened(module, x, (x, weight, bias, initial))
+        y, last = module.causal_conv1d(*needed, activation=activation, initial=initial, reset=reset)
     y = y.to(x.dtype)
     return (y, last) if return_final_state else y

@@ -124,12 +124,20 @@ def weighted_mean(numerator: Tensor, weight: Tensor) -> Tensor:
 
 
 def lti_convolution(
-    x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, *, D: Tensor | None, h0: Tensor | None
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    *,
+    D: Tensor | None,
+    h0: Tensor | None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S4D as a recurrence: h_t = ā h_{t-1} + b̄ x_t, y_t = Re(C h_t) + D x_t, with `zero_order_hold`'s ā and b̄."""
     a, b = zero_order_hold(A, B, dt)
     u = b * x[..., None]
-    h, h_T = linear_scan(a.expand_as(u), u, h0=h0, reset=None)
+    h, h_T = linear_scan(a.expand_as(u), u, h0=h0, reset=reset)
     return read_out(h, C, x, D, None), h_T
 
 

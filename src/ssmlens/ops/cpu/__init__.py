@@ -1,11 +1,12 @@
 """C++ kernels for the recurrence on a CPU, compiled for this machine on first use. See DESIGN.md, "The kernels".
 
 Shapes and meaning as in `ssmlens.ops`, whose functions check the arguments and call these; every function returns its
-output and the final state. float32 and float64; bfloat16 and float16 are computed in float32. Results are bitwise the
+output and the final state. States, parameters and sums are float32, or float64 for float64 input; tensors (batch, length, ...)
+may be bfloat16 or float16, in any mixture with float32, and are never copied to float32 as a whole. Results are bitwise the
 same for any number of threads.
 """
 
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,28 +16,38 @@ from ssmlens.ops.cpu import _autograd, _library  # noqa: F401  (_library defines
 from ssmlens.ops.cpu.build import available, why_unavailable
 
 __all__ = [
-    "available", "causal_conv1d", "linear_scan", "selective_scan", "supports_causal_conv1d", "supports_linear_scan",
-    "supports_selective_scan", "why_unavailable",
+    "available", "causal_conv1d", "exponentials", "linear_scan", "rwkv4_attention", "selective_scan",
+    "supports_causal_conv1d", "supports_linear_scan", "supports_rwkv4_attention", "supports_selective_scan",
+    "why_unavailable",
 ]  # fmt: skip
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_REAL = (torch.float32, torch.float64, *_HALF)
+_COMPLEX = (torch.complex64, torch.complex128)
+Maybe = Tensor | None
+Given = TypeVar("Given", Tensor, Tensor | None)
 
 
-def _supported(*tensors: Tensor | None) -> bool:
-    return all(t is None or (t.dtype in _DTYPES and t.device.type == "cpu") for t in tensors)
+def _supported(x: Tensor, transition: Maybe, dtypes: tuple[torch.dtype, ...] = _REAL) -> bool:
+    on_cpu = x.device.type == "cpu" and (transition is None or transition.device.type == "cpu")
+    return on_cpu and x.dtype in _REAL and (transition is None or transition.dtype in dtypes)
 
 
-def supports_selective_scan(x: Tensor, A: Tensor | None = None) -> bool:
-    """Real A only; complex A is left to the chunked backend."""
-    return _supported(x, A)
+def supports_selective_scan(x: Tensor, A: Maybe = None) -> bool:
+    return _supported(x, A, _REAL + _COMPLEX)
 
 
-def supports_linear_scan(u: Tensor, a: Tensor | None = None) -> bool:
+def supports_linear_scan(u: Tensor, a: Maybe = None) -> bool:
+    """Real a and u only; complex ones are left to the chunked backend."""
     return _supported(u, a)
 
 
-def supports_causal_conv1d(x: Tensor, weight: Tensor | None = None) -> bool:
+def supports_causal_conv1d(x: Tensor, weight: Maybe = None) -> bool:
     return _supported(x, weight)
+
+
+def supports_rwkv4_attention(v: Tensor, w: Maybe = None) -> bool:
+    return _supported(v, w)
 
 
 def selective_scan(
@@ -53,23 +64,30 @@ def selective_scan(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssmlens.ops.selective_scan` for real A. Raises ValueError where A is positive or NaN."""
-    tensors = [_promoted(t, x) for t in (x, dt, A, B, C, D, z, dt_bias, h0)]
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    *most, state = tensors
-    y, final_state, _ = _autograd.SelectiveScan.apply(*most, dt_softplus, state, reset, save)
-    return y.to(x.dtype), final_state
+    """`ssmlens.ops.selective_scan`. Raises ValueError where A (its real part) is positive or NaN."""
+    s = _state_dtype(x)
+    if any(t is not None and t.is_complex() for t in (A, B, C, h0)):
+        A, h0 = _complex(A, s), _complex(h0, s)
+        B, C = (_complex(m, s) if m.dim() == 2 else m for m in (B, C))
+    tensors = [
+        _input(x, s), _input(dt, s), _state(A, s), *(_input(m, s) if m.dim() == 3 else _state(m, s) for m in (B, C)),
+        _state(D, s), _input(z, s), _state(dt_bias, s), _state(h0, s),
+    ]  # fmt: skip
+    *most, start = tensors
+    y, final_state, _ = _autograd.SelectiveScan.apply(*most, dt_softplus, start, reset, _needs_gradient(tensors))
+    return y, final_state
 
 
 def linear_scan(
     a: Tensor, u: Tensor, *, h0: Tensor | None = None, reset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`ssmlens.ops.linear_scan` for real a, which broadcasts to u."""
+    s = _state_dtype(u)
     batch, length, *state = u.shape
-    flat = [_promoted(t, u).reshape(batch, length, -1) for t in (a.expand_as(u), u)]
-    start = None if h0 is None else _promoted(h0, u).reshape(batch, -1)
-    h = _autograd.LinearScan.apply(*flat, start, reset).view(batch, length, *state)
-    return h.to(u.dtype), h[:, -1]
+    flat = [_input(t, s).reshape(batch, length, -1) for t in (a.expand_as(u), u)]
+    start = None if h0 is None else _state(h0, s).reshape(batch, -1)
+    h, final_state, _ = _autograd.LinearScan.apply(*flat, start, reset, _needs_gradient([*flat, start]))
+    return h.view(batch, length, *state), final_state.view(batch, *state)
 
 
 def causal_conv1d(
@@ -82,19 +100,51 @@ def causal_conv1d(
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssmlens.ops.causal_conv1d`. The final state is zero where a later token could not reach it because of a reset."""
-    width = weight.shape[1]
-    xs, first = _promoted(x, x), _promoted(initial, x)
-    y = _autograd.CausalConv1d.apply(xs, _promoted(weight, x), _promoted(bias, x), activation == "silu", first, reset)
-    return y.to(x.dtype), _last_tokens(xs, width - 1, first, reset)
+    s = _state_dtype(x)
+    xs, first = _input(x, s), _input(initial, s)
+    y = _autograd.CausalConv1d.apply(xs, _state(weight, s), _state(bias, s), activation == "silu", first, reset)
+    return y, _last_tokens(xs, weight.shape[1] - 1, first, reset, s)
 
 
-def _last_tokens(x: Tensor, count: int, initial: Tensor | None, reset: Tensor | None) -> Tensor:
+def rwkv4_attention(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    *,
+    state: tuple[Tensor, Tensor, Tensor] | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """`ssmlens.ops.rwkv4_attention`."""
+    s = _state_dtype(v)
+    carried = (None, None, None) if state is None else tuple(_state(t, s) for t in state)
+    tensors = [*(_input(t, s) for t in (r, k, v)), _state(w, s), _state(u, s), *carried]
+    y, *final_state, _ = _autograd.Rwkv4.apply(*tensors, reset, _needs_gradient(tensors))
+    p, s_T, m = final_state
+    return y, (p, s_T, m)
+
+
+def exponentials(dt: Tensor, A: Tensor) -> Tensor:
+    """The floor of `selective_scan`, for measuring: the kernel's own exponentials alone, as many as there are (batch, length,
+    d_inner, d_state) entries, of numbers that are in the cache (the first steps of dt (batch, length, d_inner), again and again,
+    times real A (d_inner, d_state)). Returns sums of them, (d_inner,); no gradients. Raises TypeError for complex A."""
+    if A.is_complex():
+        raise TypeError("exponentials: A must be real")
+    s = _state_dtype(A)
+    with torch.no_grad():
+        total: Tensor = torch.ops.ssmlens.cpu_exponentials(_input(dt, s), _state(A, s))
+    return total
+
+
+def _last_tokens(x: Tensor, count: int, initial: Maybe, reset: Maybe, dtype: torch.dtype) -> Tensor:
     """The last `count` tokens of initial and x, zeros before the last reset."""
     missing = max(0, count - x.shape[1])
-    last = x[:, x.shape[1] - (count - missing) :]
-    if missing:
-        before = F.pad(last, (0, 0, missing, 0)) if initial is None else torch.cat([initial[:, -missing:], last], 1)
-        last = before
+    last = x[:, x.shape[1] - (count - missing) :].to(dtype)
+    if missing and initial is not None:
+        last = torch.cat([initial[:, -missing:].to(dtype), last], 1)
+    elif missing:
+        last = F.pad(last, (0, 0, missing, 0))
     if reset is not None and count:
         resets = F.pad(reset, (missing, 0))[:, -count:]
         later = resets.flip(1).cumsum(1).flip(1) - resets.long()  # resets after each token
@@ -102,10 +152,31 @@ def _last_tokens(x: Tensor, count: int, initial: Tensor | None, reset: Tensor | 
     return last
 
 
-@overload
-def _promoted(t: Tensor, like: Tensor) -> Tensor: ...
-@overload
-def _promoted(t: Tensor | None, like: Tensor) -> Tensor | None: ...
-def _promoted(t: Tensor | None, like: Tensor) -> Tensor | None:
-    """t in the dtype of the state: float64 for float64 input, else float32."""
-    return None if t is None else t.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+def _needs_gradient(tensors: list[Maybe]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _complex(t: Given, dtype: torch.dtype) -> Given:
+    if t is None:
+        return t
+    return t.to(
+        torch.complex128 if dtype == torch.float64 else torch.complex64
+    )  # torch.compile does not know to_complex()
+
+
+def _state(t: Given, dtype: torch.dtype) -> Given:
+    """t in the real dtype of the state, or its complex counterpart."""
+    if t is None:
+        return t
+    return _complex(t, dtype) if t.is_complex() else t.to(dtype)
+
+
+def _input(t: Given, dtype: torch.dtype) -> Given:
+    """A tensor (batch, length, ...) as the kernels read it: half precision stays as it is beside float32."""
+    if t is not None and t.dtype in _HALF and dtype == torch.float32:
+        return t
+    return _state(t, dtype)

@@ -5,11 +5,12 @@ Under vmap the mapped dimension is folded into the batch, so a Jacobian by many 
 the gradients may then be `samples` times as many sequences as the inputs, and parameter gradients have that leading dimension.
 """
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from ssmlens.ops.cpu._vmap import fold_all, one_by_one, unfold, unfold_all
 
 Maybe = Tensor | None
 ops = torch.ops.ssmlens
@@ -47,8 +48,7 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Maybe, dfinal: Maybe, _: Maybe) -> Any:
         *tensors, saved = ctx.saved_tensors
         x, _, _, B, C, D, z, dt_bias, h0, _ = tensors
-        if not ctx.save:
-            raise RuntimeError("selective_scan: the forward pass ran without saving states for a backward pass")
+        _must_have_saved("selective_scan", ctx.save)
         dy = torch.zeros_like(x) if dy is None else dy
         gradients = SelectiveScanBackward.apply(dy, dfinal, saved, *tensors[:8], ctx.dt_softplus, *tensors[8:], 1)
         dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0 = gradients
@@ -58,12 +58,11 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        if _parameters_mapped(arguments, in_dims):
-            return _one_by_one(SelectiveScan, info, in_dims, arguments)
-        folded = [
-            _folded(a, dim, info.batch_size, i) for i, (a, dim) in enumerate(zip(arguments, in_dims, strict=True))
-        ]
-        return _unfolded(SelectiveScan.apply(*folded), info)
+        parameters = _scan_parameters(arguments, in_dims)
+        if any(in_dims[i] is not None for i in parameters):
+            return one_by_one(SelectiveScan, info, in_dims, arguments)
+        folded = fold_all(arguments, in_dims, info.batch_size, parameters)
+        return unfold_all(SelectiveScan.apply(*folded), info.batch_size)
 
 
 class SelectiveScanBackward(torch.autograd.Function):
@@ -102,51 +101,46 @@ class SelectiveScanBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        inputs, input_dims, samples = arguments[3:-1], in_dims[3:-1], arguments[-1]
-        mapped = in_dims[2] is not None or any(dim is not None for dim in input_dims)
-        if mapped and (samples > 1 or _parameters_mapped(inputs, input_dims)):
-            return _one_by_one(SelectiveScanBackward, info, in_dims, arguments)
-        gradients = [_fold(a, dim, info.batch_size) for a, dim in zip(arguments[:2], in_dims[:2], strict=True)]
-        saved = arguments[2]
-        if mapped:
-            saved = _fold(saved, in_dims[2], info.batch_size)
-            pairs = enumerate(zip(inputs, input_dims, strict=True))
-            inputs = tuple(_folded(a, dim, info.batch_size, i) for i, (a, dim) in pairs)
-        outputs = SelectiveScanBackward.apply(*gradients, saved, *inputs, samples * info.batch_size)
-        return _unfolded(outputs, info)
+        return _backward_vmap(
+            SelectiveScanBackward, info, in_dims, arguments, 3, 2, _scan_parameters(arguments[3:], in_dims[3:])
+        )
 
 
 class LinearScan(torch.autograd.Function):
-    """(a, u, h0, reset) → h."""
+    """(a, u, h0, reset, save) → (h, h_T, saved states)."""
 
     @staticmethod
-    def forward(a: Tensor, u: Tensor, h0: Maybe, reset: Maybe) -> Any:
-        return ops.cpu_linear_scan(a, u, h0, reset)
+    def forward(a: Tensor, u: Tensor, h0: Maybe, reset: Maybe, save: bool) -> Any:
+        return ops.cpu_linear_scan(a, u, h0, reset, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        a, _, h0, reset = inputs
-        ctx.save_for_backward(a, output, h0, reset)
+        *tensors, ctx.save = inputs
+        ctx.save_for_backward(output[2], *tensors)
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> Any:
-        a, h, h0, reset = ctx.saved_tensors
-        da, du, dh0 = LinearScanBackward.apply(dh, a, h, h0, reset)
-        return da, du, _if(h0, dh0), None
+    def backward(ctx: Any, dh: Maybe, dfinal: Maybe, _: Maybe) -> Any:
+        saved, a, u, h0, reset = ctx.saved_tensors
+        _must_have_saved("linear_scan", ctx.save)
+        dh = torch.zeros_like(u) if dh is None else dh
+        da, du, dh0 = LinearScanBackward.apply(dh, dfinal, saved, a, u, h0, reset, 1)
+        return da, du, _if(h0, dh0), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        folded = [_fold(a, dim, info.batch_size) for a, dim in zip(arguments, in_dims, strict=True)]
-        h = LinearScan.apply(*folded)
-        return _unfold(h, info.batch_size), 0
+        return unfold_all(LinearScan.apply(*fold_all(arguments, in_dims, info.batch_size)), info.batch_size)
 
 
 class LinearScanBackward(torch.autograd.Function):
-    """(dh, a, h, h0, reset) → gradients to a, u, h0."""
+    """(dh, dh_T, saved, a, u, h0, reset, samples) → gradients to a, u, h0."""
 
     @staticmethod
-    def forward(dh: Tensor, a: Tensor, h: Tensor, h0: Maybe, reset: Maybe) -> Any:
-        return ops.cpu_linear_scan_backward(dh, a, h, h0, reset)
+    def forward(
+        dh: Tensor, dfinal: Maybe, saved: Tensor, a: Tensor, u: Tensor, h0: Maybe, reset: Maybe, samples: int
+    ) -> Any:
+        return ops.cpu_linear_scan_backward(dh, dfinal, saved, a, u, h0, reset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -158,13 +152,7 @@ class LinearScanBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        dh, *inputs = arguments
-        if any(dim is not None for dim in in_dims[1:]):
-            if dh.shape[0 if in_dims[0] is None else 1] != inputs[0].shape[0 if in_dims[1] is None else 1]:
-                return _one_by_one(LinearScanBackward, info, in_dims, arguments)  # already folded once
-            inputs = [_fold(a, dim, info.batch_size) for a, dim in zip(inputs, in_dims[1:], strict=True)]
-        outputs = LinearScanBackward.apply(_fold(dh, in_dims[0], info.batch_size), *inputs)
-        return _unfolded(outputs, info)
+        return _backward_vmap(LinearScanBackward, info, in_dims, arguments, 3, 2, ())
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -189,8 +177,8 @@ class CausalConv1d(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         if in_dims[1] is not None or in_dims[2] is not None:
-            return _one_by_one(CausalConv1d, info, in_dims, arguments)
-        return _unfold(CausalConv1d.apply(*_convolution_folded(arguments, in_dims, info)), info.batch_size), 0
+            return one_by_one(CausalConv1d, info, in_dims, arguments)
+        return unfold(CausalConv1d.apply(*fold_all(arguments, in_dims, info.batch_size, (1, 2))), info.batch_size), 0
 
 
 class CausalConv1dBackward(torch.autograd.Function):
@@ -219,14 +207,121 @@ class CausalConv1dBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        dy, *inputs, samples = arguments
-        dims = in_dims[1:-1]
-        if any(dim is not None for dim in dims):
-            if samples > 1 or dims[1] is not None or dims[2] is not None:
-                return _one_by_one(CausalConv1dBackward, info, in_dims, arguments)
-            inputs = _convolution_folded(inputs, dims, info)
-        dy = _fold(dy, in_dims[0], info.batch_size)
-        return _unfolded(CausalConv1dBackward.apply(dy, *inputs, samples * info.batch_size), info)
+        return _backward_vmap(CausalConv1dBackward, info, in_dims, arguments, 1, 1, (1, 2))
+
+
+class Rwkv4(torch.autograd.Function):
+    """(r, k, v, w, u, p, s, m, reset, save) → (y, p_T, s_T, m_T, saved states)."""
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile counts these
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        u: Tensor,
+        p: Maybe,
+        s: Maybe,
+        m: Maybe,
+        reset: Maybe,
+        save: bool,
+    ) -> Any:
+        return ops.cpu_rwkv4_attention(r, k, v, w, u, p, s, m, reset, save)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.save = inputs
+        ctx.save_for_backward(output[4], *tensors)
+        ctx.mark_non_differentiable(output[4])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Maybe, dp: Maybe, ds: Maybe, dm: Maybe, _: Maybe) -> Any:
+        saved, *tensors = ctx.saved_tensors
+        v, state = tensors[2], tensors[5:8]
+        _must_have_saved("rwkv4_attention", ctx.save)
+        dy = torch.zeros_like(v) if dy is None else dy
+        dr, dk, dv, dw, du, *dstate = Rwkv4Backward.apply(dy, dp, ds, dm, saved, *tensors, 1)
+        dstate = [_if(given, gradient) for given, gradient in zip(state, dstate, strict=True)]
+        return dr, dk, dv, dw[0], du[0], *dstate, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        if in_dims[3] is not None or in_dims[4] is not None:
+            return one_by_one(Rwkv4, info, in_dims, arguments)
+        folded = fold_all(arguments, in_dims, info.batch_size, (3, 4))
+        return unfold_all(Rwkv4.apply(*folded), info.batch_size)
+
+
+class Rwkv4Backward(torch.autograd.Function):
+    """(dy, dp_T, ds_T, dm_T, saved, r, k, v, w, u, p, s, m, reset, samples) → gradients to r, k, v, w, u, p, s, m."""
+
+    @staticmethod
+    def forward(  # spelled out: torch.compile counts these
+        dy: Tensor,
+        dp: Maybe,
+        ds: Maybe,
+        dm: Maybe,
+        saved: Tensor,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor,
+        u: Tensor,
+        p: Maybe,
+        s: Maybe,
+        m: Maybe,
+        reset: Maybe,
+        samples: int,
+    ) -> Any:
+        return ops.cpu_rwkv4_attention_backward(dy, dp, ds, dm, saved, r, k, v, w, u, p, s, m, reset, samples)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        _refuse("rwkv4_attention")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _backward_vmap(Rwkv4Backward, info, in_dims, arguments, 5, 4, (3, 4))
+
+
+def _scan_parameters(arguments: Any, in_dims: Any) -> tuple[int, ...]:
+    """The positions of A, D, dt_bias and, where they have no time, B and C."""
+    matrices = (i for i in (3, 4) if arguments[i].dim() - (in_dims[i] is not None) == 2)
+    return (2, 5, 7, *matrices)
+
+
+def _backward_vmap(
+    function: Any,
+    info: Any,
+    in_dims: Any,
+    arguments: Any,
+    first_input: int,
+    gradients: int,
+    parameters: tuple[int, ...],
+) -> Any:
+    """vmap of a backward function: of its arguments the first `gradients` are those that it is given, then come perhaps the
+    saved states, from `first_input` on the inputs of the forward function (those at the positions `parameters` among them
+    without a batch), and the number of samples.
+
+    Probes alone are folded into the batch of the gradients. Mapped inputs are folded too, unless probes already have been."""
+    *tensors, samples = arguments
+    parameters = tuple(first_input + i for i in parameters)
+    mapped = any(dim is not None for dim in in_dims[gradients:])
+    if mapped and (samples > 1 or any(in_dims[i] is not None for i in parameters)):
+        return one_by_one(function, info, in_dims, arguments)
+    kept = parameters if mapped else range(gradients, len(tensors))
+    folded = fold_all(tensors, in_dims[:-1], info.batch_size, kept)
+    return unfold_all(function.apply(*folded, samples * info.batch_size), info.batch_size)
+
+
+def _must_have_saved(name: str, saved: bool) -> None:
+    if not saved:
+        raise RuntimeError(f"{name}: the forward pass ran without saving states for a backward pass")
 
 
 def _refuse(name: str) -> NoReturn:
@@ -241,50 +336,3 @@ def _if(given: Maybe, gradient: Tensor) -> Maybe:
 
 def _first(given: Maybe, gradient: Tensor) -> Maybe:
     return None if given is None else gradient[0]
-
-
-# -------------------------------------------------------------------------------------------------- vmap
-
-
-def _fold(x: Any, dim: int | None, size: int) -> Any:
-    """(batch, ...) with a mapped dimension of `size` → (size · batch, ...); repeats what is not mapped."""
-    if not isinstance(x, Tensor):
-        return x
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(size * x.shape[1], *x.shape[2:])
-
-
-def _folded(x: Any, dim: int | None, size: int, position: int) -> Any:
-    """The argument of SelectiveScan at `position`, folded unless it is a parameter (A, D, dt_bias, B or C without a batch)."""
-    parameter = position in (2, 5, 7) or (position in (3, 4) and dim is None and x.dim() == 2)
-    return x if parameter else _fold(x, dim, size)
-
-
-def _parameters_mapped(arguments: Any, in_dims: Any) -> bool:
-    matrices = any(in_dims[i] is not None and arguments[i].dim() == 3 for i in (3, 4))
-    return matrices or any(in_dims[i] is not None for i in (2, 5, 7))
-
-
-def _convolution_folded(arguments: Any, in_dims: Any, info: Any) -> list[Any]:
-    x, weight, bias, silu, initial, reset = arguments
-    fold: Callable[[Any, int], Any] = lambda t, i: _fold(t, in_dims[i], info.batch_size)  # noqa: E731
-    return [fold(x, 0), weight, bias, silu, fold(initial, 4), fold(reset, 5)]
-
-
-def _unfold(x: Tensor, size: int) -> Tensor:
-    return x.reshape(size, x.shape[0] // size, *x.shape[1:])
-
-
-def _unfolded(outputs: Any, info: Any) -> Any:
-    return tuple(_unfold(x, info.batch_size) for x in outputs), (0,) * len(outputs)
-
-
-def _one_by_one(function: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
-    """The rare cases, such as an ensemble of parameters: one call each."""
-    results = []
-    for i in range(info.batch_size):
-        own = [a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)]
-        results.append(function.apply(*own))
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])

@@ -1,79 +1,108 @@
 // h_t = a_t h_{t-1} + u_t, entry by entry.   a, u, h (batch, length, inner)   h0 (batch, inner)   reset (batch, length)
 //
-// Memory is what limits it, so a unit of work is a strip of several vectors: whole cache lines, in the order of memory.
+// Memory is what limits it: a strip of several vectors goes through time side by side, chunk by chunk, so that memory is read
+// in its own order. The forward pass can save the state at the start of every chunk; the backward pass computes the others
+// again, since h itself may have been rounded to half precision.
 #pragma once
-#include <algorithm>
 #include "rows.h"
 
 namespace ssmlens {
 
 template <class T> struct LinearScan {
   static constexpr int width = Simd<T>::width;
-  static constexpr int64_t strip = 8 * width;
+  static constexpr int64_t chunk = 32;  // steps between saved states
   using V = Vec<T>;
 
   int64_t batch, length, inner;
-  Rows<const T> a;
-  const T* h0;  // may be null
-  Rows<const bool> reset;
+  Rows a, u, reset;  // reset may be absent
+  const T* h0;       // may be null
 
-  // work(b, first entry, number of entries) for every strip of `sequences` sequences.
-  template <class Parallel, class Work>
-  void for_each_strip(int64_t sequences, const Parallel& parallel, const Work& work) const {
-    const int64_t strips = (inner + strip - 1) / strip;
-    parallel(sequences * strips, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t from = unit % strips * strip;
-        work(unit / strips, from, std::min(strip, inner - from));
+  int64_t chunks() const { return (length + chunk - 1) / chunk; }
+  int64_t blocks() const { return (inner + width - 1) / width; }
+  bool is_reset(int64_t b, int64_t t) const { return reset && *reset.at(b, t); }
+
+  struct Strip {  // vectors first .. first + count of one sequence
+    int64_t b, first, count, inner;
+    int64_t from() const { return first * width; }
+    int64_t entries() const { return std::min(inner, (first + count) * width) - from(); }
+    int lanes(int64_t k) const { return int(std::min<int64_t>(width, inner - (first + k) * width)); }
+    V load_from(const T* matrix, int64_t row, int64_t k) const {
+      return matrix ? load<T>(matrix + row * inner + from() + k * width, lanes(k)) : V{};
+    }
+    void store_to(T* matrix, int64_t row, int64_t k, const V& v) const {
+      if (matrix) store<T>(matrix + row * inner + from() + k * width, v, lanes(k));
+    }
+  };
+
+  // h (batch, length, inner); final_state (batch, inner); saved (batch, chunks, inner), or null.
+  template <class Parallel> NOINLINE void forward(const OutRows& h, T* final_state, T* saved, const Parallel& parallel) const {
+    for_strips(batch, blocks(), parallel, [&](int64_t b, int64_t first, int64_t count) {
+      const Strip s{b, first, count, inner};
+      V state[together], as[together * chunk], hs[together * chunk];
+      for (int64_t k = 0; k < count; ++k) state[k] = s.load_from(h0, b, k);
+      for (int64_t c = 0; c < chunks(); ++c) {
+        const int64_t start = c * chunk, steps = std::min(chunk, length - start);
+        read_rows<T>(a, b, start, steps, s.from(), s.entries(), chunk, as);
+        read_rows<T>(u, b, start, steps, s.from(), s.entries(), chunk, hs);
+        const int64_t then = start + steps;
+        Ahead ahead(std::min(chunk, length - then), s.from(), s.from() + s.entries());
+        ahead.add<T>(a, b, then), ahead.add<T>(u, b, then), ahead.add<T>(h, b, then);
+        for (int64_t k = 0; k < count; ++k) {
+          s.store_to(saved, b * chunks() + c, k, state[k]);
+          for (int64_t i = 0; i < steps; ++i) {
+            if (is_reset(b, start + i)) state[k] = V{};
+            ahead.next();
+            hs[k * chunk + i] = state[k] = as[k * chunk + i] * state[k] + hs[k * chunk + i];
+          }
+        }
+        write_rows<T>(h, b, start, steps, s.from(), s.entries(), chunk, hs);
       }
+      for (int64_t k = 0; k < count; ++k) s.store_to(final_state, b, k, state[k]);
     });
   }
-  // work(first entry, lanes, index) for every vector of a strip.
-  template <class Work> INLINE void for_each_vector(int64_t entries, const Work& work) {
-    for (int64_t i = 0; i < entries; i += width) work(i, int(std::min<int64_t>(width, entries - i)), i / width);
-  }
 
-  // h (batch, length, inner) contiguous.
-  template <class Parallel> void forward(Rows<const T> u, T* h, const Parallel& parallel) const {
-    for_each_strip(batch, parallel, [&](int64_t b, int64_t from, int64_t entries) {
-      V state[strip / width] = {};
-      if (h0)
-        for_each_vector(entries, [&](int64_t i, int m, int64_t k) { state[k] = load<T>(h0 + b * inner + from + i, m); });
-      for (int64_t t = 0; t < length; ++t) {
-        if (reset && *reset.at(b, t)) std::fill(state, state + strip / width, V{});
-        const T *at = a.at(b, t) + from, *ut = u.at(b, t) + from;
-        T* to = h + (b * length + t) * inner + from;
-        for_each_vector(entries, [&](int64_t i, int m, int64_t k) {
-          state[k] = load<T>(at + i, m) * state[k] + load<T>(ut + i, m);
-          store<T>(to + i, state[k], m);
-        });
-      }
-    });
-  }
-
-  // h: what forward returned. dh, da, du (sequences, length, inner); dh0 (sequences, inner), may be null. `sequences` may be
-  // a multiple of batch: several gradients, one after another, through the same sequences.
+  // dh, da, du (sequences, length, inner); dfinal, dh0 (sequences, inner), may be null. `sequences` may be a multiple of
+  // batch: several gradients, one after another, through the same sequences.
   // du_t = dh_t + a_{t+1} du_{t+1}, da_t = du_t h_{t-1}; at a reset h_{t-1} and a_t du_t are 0.
-  template <class Parallel>
-  void backward(int64_t sequences, Rows<const T> dh, const T* h, T* da, T* du, T* dh0, const Parallel& parallel) const {
-    for_each_strip(sequences, parallel, [&](int64_t b, int64_t from, int64_t entries) {
+  struct Gradients {
+    int64_t sequences;
+    Rows dh;
+    const T *dfinal, *saved;
+    OutRows da, du;
+    T* dh0;
+  };
+  template <class Parallel> NOINLINE void backward(const Gradients& g, const Parallel& parallel) const {
+    for_strips(g.sequences, blocks(), parallel, [&](int64_t b, int64_t first, int64_t count) {
       const int64_t source = b % batch;
-      V carried[strip / width] = {};
-      for (int64_t t = length - 1; t >= 0; --t) {
-        const bool emptied = reset && *reset.at(source, t);
-        const T *at = a.at(source, t) + from, *dht = dh.at(b, t) + from;
-        const T* before = t > 0 ? h + (source * length + t - 1) * inner + from : h0 ? h0 + source * inner + from : nullptr;
-        if (emptied) before = nullptr;
-        const int64_t offset = (b * length + t) * inner + from;
-        for_each_vector(entries, [&](int64_t i, int m, int64_t k) {
-          const V gradient = carried[k] + load<T>(dht + i, m);
-          store<T>(du + offset + i, gradient, m);
-          store<T>(da + offset + i, before ? gradient * load<T>(before + i, m) : V{}, m);
-          carried[k] = emptied ? V{} : gradient * load<T>(at + i, m);
-        });
+      const Strip s{b, first, count, inner};
+      V carried[together], as[together * chunk], before[together * chunk], dus[together * chunk];
+      for (int64_t k = 0; k < count; ++k) carried[k] = s.load_from(g.dfinal, b, k);
+      for (int64_t c = chunks() - 1; c >= 0; --c) {
+        const int64_t start = c * chunk, steps = std::min(chunk, length - start);
+        read_rows<T>(a, source, start, steps, s.from(), s.entries(), chunk, as);
+        read_rows<T>(u, source, start, steps, s.from(), s.entries(), chunk, before);
+        read_rows<T>(g.dh, b, start, steps, s.from(), s.entries(), chunk, dus);
+        Ahead ahead(c > 0 ? chunk : 0, s.from(), s.from() + s.entries());
+        ahead.add<T>(a, source, start - chunk), ahead.add<T>(u, source, start - chunk), ahead.add<T>(g.dh, b, start - chunk);
+        ahead.add<T>(g.da, b, start - chunk), ahead.add<T>(g.du, b, start - chunk);
+        for (int64_t k = 0; k < count; ++k) {
+          V state = s.load_from(g.saved, source * chunks() + c, k);
+          for (int64_t i = k * chunk; i < k * chunk + steps; ++i) {
+            if (is_reset(source, start + i - k * chunk)) state = V{}, as[i] = V{};
+            const V after = as[i] * state + before[i];
+            before[i] = state, state = after;
+          }
+          for (int64_t i = k * chunk + steps - 1; i >= k * chunk; --i) {
+            ahead.next();
+            dus[i] += carried[k];
+            carried[k] = dus[i] * as[i];
+            as[i] = dus[i] * before[i];
+          }
+        }
+        write_rows<T>(g.du, b, start, steps, s.from(), s.entries(), chunk, dus);
+        write_rows<T>(g.da, b, start, steps, s.from(), s.entries(), chunk, as);
       }
-      if (dh0)
-        for_each_vector(entries, [&](int64_t i, int m, int64_t k) { store<T>(dh0 + b * inner + from + i, carried[k], m); });
+      for (int64_t k = 0; k < count; ++k) s.store_to(g.dh0, b, k, carried[k]);
     });
   }
 };

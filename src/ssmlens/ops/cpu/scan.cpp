@@ -1,6 +1,7 @@
-// Registers the CPU kernels as torch.ops.ssmlens_cpu.*; ops.py gives them gradients and fake kernels. The only file that
+// Registers the CPU kernels as torch.ops.ssmlens_cpu.*; _library.py gives them gradients and fake kernels. The only file that
 // knows PyTorch, and only its stable ABI (PyTorch 2.10 and later). Callers have checked shapes, dtypes and layouts:
-// every tensor is contiguous in its last dimension, outputs are fully contiguous.
+// tensors (batch, length, entries) are contiguous in their last dimension and may be in half precision; all others are
+// contiguous and in the precision of the computation.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,11 +9,14 @@
 #include <optional>
 
 #include "causal_conv1d.h"
+#include "exponentials.h"
 #include "linear_scan.h"
+#include "rwkv4.h"
 #include "selective_scan.h"
 
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 using namespace ssmlens;
@@ -20,109 +24,177 @@ using namespace ssmlens;
 // Every unit of work is large, so one per thread is enough to share; PyTorch's own pool, PyTorch's number of threads.
 const auto parallel = [](int64_t units, const auto& work) { torch::stable::parallel_for(0, units, 1, work); };
 
-template <class T> Rows<const T> rows(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
+bool is_complex(const Tensor& t) {
+  return t.scalar_type() == ScalarType::ComplexFloat || t.scalar_type() == ScalarType::ComplexDouble;
 }
-template <class T> Rows<const T> rows(const Maybe& t) { return t ? rows<T>(*t) : Rows<const T>{}; }
-template <class T> const T* data(const Maybe& t) { return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr; }
+template <class Byte> AnyRows<Byte> any_rows(const Tensor& t, Byte* data) {
+  const ScalarType type = t.scalar_type();
+  const int64_t size = t.element_size();
+  return {data, t.stride(0) * size, t.stride(1) * size,
+          type == ScalarType::BFloat16 ? Format::bfloat16 : type == ScalarType::Half ? Format::float16 : Format::full};
+}
+Rows rows(const Tensor& t) { return any_rows(t, static_cast<const char*>(t.const_data_ptr())); }
+Rows rows(const Maybe& t) { return t ? rows(*t) : Rows{}; }
+OutRows out_rows(const Tensor& t) { return any_rows(t, static_cast<char*>(t.mutable_data_ptr())); }
+OutRows out_rows(const Maybe& t) { return t ? out_rows(*t) : OutRows{}; }
+template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+template <class T> const T* data(const Maybe& t) { return t ? data<T>(*t) : nullptr; }
 template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 template <class T> T* out(const Maybe& t) { return t ? out<T>(*t) : nullptr; }
 
-template <class F> void dispatch(const Tensor& x, const F& f) {
-  if (x.scalar_type() == torch::headeronly::ScalarType::Double) {
+template <class F> void dispatch(const Tensor& like, const F& f) {
+  if (like.scalar_type() == ScalarType::Double) {
     f(double{});
   } else {
     f(float{});
   }
 }
 
-template <class T>
-SelectiveScan<T> selective(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
-                           const Maybe& D, const Maybe& z, const Maybe& dt_bias, bool dt_softplus, const Maybe& h0,
-                           const Maybe& reset, int64_t chunk) {
-  SelectiveScan<T> s;
-  s.chunk = chunk;
+// ---------------------------------------------------------------- selective_scan
+template <class F> void dispatch_scan(const Tensor& A, const F& f) {
+  switch (A.scalar_type()) {
+    case ScalarType::Double: return f(SelectiveScan<double, false>{});
+    case ScalarType::ComplexFloat: return f(SelectiveScan<float, true>{});
+    case ScalarType::ComplexDouble: return f(SelectiveScan<double, true>{});
+    default: return f(SelectiveScan<float, false>{});
+  }
+}
+template <class Scan> void set(typename Scan::Coefficients& m, const Tensor& t) {
+  m.varies = t.dim() == 3;
+  m.rows_are_complex = is_complex(t);
+  if (m.varies) {
+    m.rows = rows(t);
+  } else {
+    m.fixed = data<typename Scan::K>(t);
+  }
+}
+template <class Scan> typename Scan::CoefficientGradient gradient(const Tensor& t, const Tensor& of) {
+  if (of.dim() == 3) return {out_rows(t), is_complex(t), nullptr};
+  return {{}, false, out<typename Scan::K>(t)};
+}
+template <class Scan>
+void prepare(Scan& s, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Maybe& D,
+             const Maybe& z, const Maybe& dt_bias, bool dt_softplus, const Maybe& h0, const Maybe& reset, int64_t chunk) {
+  using T = typename Scan::Element;
+  using K = typename Scan::K;
   s.batch = x.size(0), s.length = x.size(1), s.d_inner = x.size(2), s.d_state = A.size(1);
-  s.dt_softplus = dt_softplus, s.B_varies = B.dim() == 3, s.C_varies = C.dim() == 3;
-  s.x = rows<T>(x), s.dt = rows<T>(dt), s.z = rows<T>(z);
-  if (s.B_varies) s.B = rows<T>(B);
-  if (s.C_varies) s.C = rows<T>(C);
-  s.A = data<T>(A), s.D = data<T>(D), s.dt_bias = data<T>(dt_bias), s.h0 = data<T>(h0);
-  s.B_fixed = data<T>(B), s.C_fixed = data<T>(C);
-  s.reset = rows<bool>(reset);
+  s.chunk = chunk, s.dt_softplus = dt_softplus;
+  s.x = rows(x), s.dt = rows(dt), s.z = rows(z), s.reset = rows(reset);
+  set<Scan>(s.B, B), set<Scan>(s.C, C);
+  s.A = data<K>(A), s.h0 = data<K>(h0), s.D = data<T>(D), s.dt_bias = data<T>(dt_bias);
   s.prepare();
-  return s;
 }
 
 // saved: the workspace of the backward pass, or empty where there will be none.
-void selective_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Maybe& D,
+NOINLINE void selective_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Maybe& D,
                     const Maybe& z, const Maybe& dt_bias, bool dt_softplus, const Maybe& h0, const Maybe& reset, int64_t chunk,
                     Tensor y, Tensor final_state, Tensor saved) {
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    const auto s = selective<T>(x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
-    s.forward({out<T>(y), out<T>(final_state), saved.numel() ? out<Vec<T>>(saved) : nullptr}, parallel);
+  dispatch_scan(A, [&](auto s) {
+    using Scan = decltype(s);
+    prepare(s, x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
+    s.forward({out_rows(y), out<typename Scan::K>(final_state), saved.numel() ? out<typename Scan::N>(saved) : nullptr},
+              parallel);
   });
 }
 
-void selective_scan_backward(const Tensor& dy, const Maybe& dfinal, const Tensor& saved, const Tensor& x, const Tensor& dt,
+NOINLINE void selective_scan_backward(const Tensor& dy, const Maybe& dfinal, const Tensor& saved, const Tensor& x, const Tensor& dt,
                              const Tensor& A, const Tensor& B, const Tensor& C, const Maybe& D, const Maybe& z,
                              const Maybe& dt_bias, bool dt_softplus, const Maybe& h0, const Maybe& reset, int64_t chunk,
-                             int64_t samples, Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz, Maybe ddt_bias,
-                             Maybe dh0) {
-  dispatch(x, [&](auto zero) {
-    using T = decltype(zero);
-    const auto s = selective<T>(x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
-    s.backward({dy.size(0), samples, rows<T>(dy), static_cast<const Vec<T>*>(saved.const_data_ptr()), data<T>(dfinal),
-                out<T>(dx), out<T>(ddt), out<T>(dz), out<T>(dA), out<T>(dB), out<T>(dC), out<T>(dD), out<T>(ddt_bias),
-                out<T>(dh0)},
+                             int64_t samples, Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz,
+                             Maybe ddt_bias, Maybe dh0) {
+  dispatch_scan(A, [&](auto s) {
+    using Scan = decltype(s);
+    using T = typename Scan::Element;
+    using K = typename Scan::K;
+    prepare(s, x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
+    s.backward({dy.size(0), samples, rows(dy), data<typename Scan::N>(saved), data<K>(dfinal), out_rows(dx), out_rows(ddt),
+                out_rows(dz), gradient<Scan>(dB, B), gradient<Scan>(dC, C), out<K>(dA), out<T>(dD), out<T>(ddt_bias), out<K>(dh0)},
                parallel);
   });
 }
 
-void linear_scan(const Tensor& a, const Tensor& u, const Maybe& h0, const Maybe& reset, Tensor h) {
-  dispatch(u, [&](auto zero) {
+// The exponentials alone, see exponentials.h; sums (d)
+NOINLINE void only_exponentials(const Tensor& dt, const Tensor& A, Tensor sums) {
+  dispatch(A, [&](auto zero) {
     using T = decltype(zero);
-    const LinearScan<T> s{u.size(0), u.size(1), u.size(2), rows<T>(a), data<T>(h0), rows<bool>(reset)};
-    s.forward(rows<T>(u), out<T>(h), parallel);
+    exponentials<T>(dt.size(0), dt.size(1), dt.size(2), A.size(1), rows(dt), data<T>(A), out<T>(sums), parallel);
   });
 }
 
-void linear_scan_backward(const Tensor& dh, const Tensor& a, const Tensor& h, const Maybe& h0, const Maybe& reset, Tensor da,
-                          Tensor du, Maybe dh0) {
-  dispatch(h, [&](auto zero) {
+// ---------------------------------------------------------------- linear_scan
+template <class T> LinearScan<T> linear(const Tensor& a, const Tensor& u, const Maybe& h0, const Maybe& reset) {
+  return {u.size(0), u.size(1), u.size(2), rows(a), rows(u), rows(reset), data<T>(h0)};
+}
+NOINLINE void linear_scan(const Tensor& a, const Tensor& u, const Maybe& h0, const Maybe& reset, Tensor h, Tensor final_state,
+                 Tensor saved) {
+  dispatch(final_state, [&](auto zero) {
     using T = decltype(zero);
-    const LinearScan<T> s{h.size(0), h.size(1), h.size(2), rows<T>(a), data<T>(h0), rows<bool>(reset)};
-    s.backward(dh.size(0), rows<T>(dh), static_cast<const T*>(h.const_data_ptr()), out<T>(da), out<T>(du), out<T>(dh0), parallel);
+    linear<T>(a, u, h0, reset).forward(out_rows(h), out<T>(final_state), saved.numel() ? out<T>(saved) : nullptr, parallel);
+  });
+}
+NOINLINE void linear_scan_backward(const Tensor& dh, const Maybe& dfinal, const Tensor& saved, const Tensor& a, const Tensor& u,
+                          const Maybe& h0, const Maybe& reset, Tensor da, Tensor du, Maybe dh0) {
+  dispatch(saved, [&](auto zero) {
+    using T = decltype(zero);
+    linear<T>(a, u, h0, reset)
+        .backward({dh.size(0), rows(dh), data<T>(dfinal), data<T>(saved), out_rows(da), out_rows(du), out<T>(dh0)}, parallel);
   });
 }
 
+// ---------------------------------------------------------------- causal_conv1d
 template <class T>
 CausalConv1d<T> convolution(const Tensor& x, const Tensor& weight, const Maybe& bias, bool silu, const Maybe& initial,
                             const Maybe& reset) {
   CausalConv1d<T> c;
   c.batch = x.size(0), c.length = x.size(1), c.d = x.size(2), c.width = weight.size(1), c.silu = silu;
-  c.x = rows<T>(x), c.initial = rows<T>(initial), c.reset = rows<bool>(reset);
+  c.x = rows(x), c.initial = rows(initial), c.reset = rows(reset);
   c.weight = data<T>(weight), c.bias = data<T>(bias);
   c.prepare();
   return c;
 }
-
-void causal_conv1d(const Tensor& x, const Tensor& weight, const Maybe& bias, bool silu, const Maybe& initial,
+NOINLINE void causal_conv1d(const Tensor& x, const Tensor& weight, const Maybe& bias, bool silu, const Maybe& initial,
                    const Maybe& reset, Tensor y) {
-  dispatch(x, [&](auto zero) {
+  dispatch(weight, [&](auto zero) {
+    convolution<decltype(zero)>(x, weight, bias, silu, initial, reset).forward(out_rows(y), parallel);
+  });
+}
+NOINLINE void causal_conv1d_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Maybe& bias, bool silu,
+                            const Maybe& initial, const Maybe& reset, int64_t samples, Tensor dx, Tensor dweight, Maybe dbias,
+                            Maybe dinitial) {
+  dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
-    convolution<T>(x, weight, bias, silu, initial, reset).forward(out<T>(y), parallel);
+    convolution<T>(x, weight, bias, silu, initial, reset)
+        .backward({dy.size(0), samples, rows(dy), out_rows(dx), out<T>(dweight), out<T>(dbias), out_rows(dinitial)}, parallel);
   });
 }
 
-void causal_conv1d_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Maybe& bias, bool silu,
-                            const Maybe& initial, const Maybe& reset, int64_t samples, Tensor dx, Tensor dweight, Maybe dbias,
-                            Maybe dinitial) {
-  dispatch(x, [&](auto zero) {
+// ---------------------------------------------------------------- rwkv4_attention
+template <class T>
+Rwkv4<T> rwkv4(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Maybe& p,
+               const Maybe& s, const Maybe& m, const Maybe& reset) {
+  return {v.size(0), v.size(1), v.size(2), rows(r), rows(k), rows(v), rows(reset), data<T>(w), data<T>(u),
+          data<T>(p), data<T>(s), data<T>(m)};
+}
+NOINLINE void rwkv4_attention(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Maybe& p,
+                     const Maybe& s, const Maybe& m, const Maybe& reset, Tensor y, Tensor p_final, Tensor s_final,
+                     Tensor m_final, Tensor saved) {
+  dispatch(w, [&](auto zero) {
     using T = decltype(zero);
-    convolution<T>(x, weight, bias, silu, initial, reset)
-        .backward({dy.size(0), samples, rows<T>(dy), out<T>(dx), out<T>(dweight), out<T>(dbias), out<T>(dinitial)}, parallel);
+    rwkv4<T>(r, k, v, w, u, p, s, m, reset)
+        .forward(out_rows(y), out<T>(p_final), out<T>(s_final), out<T>(m_final), saved.numel() ? out<T>(saved) : nullptr,
+                 parallel);
+  });
+}
+NOINLINE void rwkv4_attention_backward(const Tensor& dy, const Maybe& dp, const Maybe& ds, const Maybe& dm, const Tensor& saved,
+                              const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+                              const Maybe& p, const Maybe& s, const Maybe& m, const Maybe& reset, int64_t samples, Tensor dr,
+                              Tensor dk, Tensor dv, Tensor dw, Tensor du, Maybe dp0, Maybe ds0, Maybe dm0) {
+  dispatch(w, [&](auto zero) {
+    using T = decltype(zero);
+    rwkv4<T>(r, k, v, w, u, p, s, m, reset)
+        .backward({dy.size(0), samples, rows(dy), data<T>(saved), data<T>(dp), data<T>(ds), data<T>(dm), out_rows(dr),
+                   out_rows(dk), out_rows(dv), out<T>(dw), out<T>(du), out<T>(dp0), out<T>(ds0), out<T>(dm0)},
+                  parallel);
   });
 }
 
@@ -138,22 +210,33 @@ STABLE_TORCH_LIBRARY(ssmlens_cpu, m) {
         "Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? h0, Tensor? reset, int chunk, "
         "int samples, Tensor(a!) dx, Tensor(b!) ddt, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, "
         "Tensor(g!)? dz, Tensor(h!)? ddt_bias, Tensor(i!)? dh0) -> ()");
-  m.def("linear_scan(Tensor a, Tensor u, Tensor? h0, Tensor? reset, Tensor(a!) h) -> ()");
-  m.def("linear_scan_backward(Tensor dh, Tensor a, Tensor h, Tensor? h0, Tensor? reset, Tensor(a!) da, Tensor(b!) du, "
-        "Tensor(c!)? dh0) -> ()");
+  m.def("exponentials(Tensor dt, Tensor A, Tensor(a!) sums) -> ()");
+  m.def("linear_scan(Tensor a, Tensor u, Tensor? h0, Tensor? reset, Tensor(a!) h, Tensor(b!) final_state, "
+        "Tensor(c!) saved) -> ()");
+  m.def("linear_scan_backward(Tensor dh, Tensor? dfinal, Tensor saved, Tensor a, Tensor u, Tensor? h0, Tensor? reset, "
+        "Tensor(a!) da, Tensor(b!) du, Tensor(c!)? dh0) -> ()");
   m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial, Tensor? reset, "
         "Tensor(a!) y) -> ()");
   m.def("causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial, "
         "Tensor? reset, int samples, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, Tensor(d!)? dinitial) -> ()");
+  m.def("rwkv4_attention(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? p, Tensor? s, Tensor? m, Tensor? reset, "
+        "Tensor(a!) y, Tensor(b!) p_final, Tensor(c!) s_final, Tensor(d!) m_final, Tensor(e!) saved) -> ()");
+  m.def("rwkv4_attention_backward(Tensor dy, Tensor? dp, Tensor? ds, Tensor? dm, Tensor saved, Tensor r, Tensor k, "
+        "Tensor v, Tensor w, Tensor u, Tensor? p, Tensor? s, Tensor? m, Tensor? reset, int samples, Tensor(a!) dr, "
+        "Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dw, Tensor(e!) du, Tensor(f!)? dp0, Tensor(g!)? ds0, Tensor(h!)? dm0) "
+        "-> ()");
   m.def("vector_bytes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssmlens_cpu, CPU, m) {
   m.impl("selective_scan", TORCH_BOX(&selective_scan));
   m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+  m.impl("exponentials", TORCH_BOX(&only_exponentials));
   m.impl("linear_scan", TORCH_BOX(&linear_scan));
   m.impl("linear_scan_backward", TORCH_BOX(&linear_scan_backward));
   m.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
+  m.impl("rwkv4_attention", TORCH_BOX(&rwkv4_attention));
+  m.impl("rwkv4_attention_backward", TORCH_BOX(&rwkv4_attention_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(ssmlens_cpu, CompositeExplicitAutograd, m) { m.impl("vector_bytes", TORCH_BOX(&vector_width)); }

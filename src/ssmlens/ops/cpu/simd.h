@@ -40,6 +40,14 @@ template <class T> using Vec = typename Simd<T>::V;
 
 template <class T> INLINE Vec<T> splat(T value) { return value - Vec<T>{}; }
 
+template <int n> using Int = std::integral_constant<int, n>;
+// work(0), work(1) ... work(count - 1), written out, so that arrays that it indexes can live in registers.
+template <class F, int... k> INLINE void unrolled(const F& work, std::integer_sequence<int, k...>) { (work(k), ...); }
+template <int count, class F> INLINE void unrolled(const F& work) {
+  unrolled(work, std::make_integer_sequence<int, count>{});
+}
+#define ALWAYS __attribute__((always_inline))  // of a lambda
+
 // The first `count` lanes from memory, zeros above them.
 template <class T> NOINLINE Vec<T> load_part(const T* from, int count) {
   T lanes[Simd<T>::width] = {};
@@ -102,13 +110,26 @@ template <class T> INLINE Vec<T> exp_of_product(Vec<T> s, Vec<T> high, Vec<T> lo
   return shifted > splat<T>(S::shifter + T(S::bias)) ? splat<T>(std::numeric_limits<T>::infinity()) : e;
 }
 
-// A real number as an unevaluated sum of two, times log2(e): what exp_of_product wants.
+// a b - c with one rounding, which leaves the exact remainder of a product; `double` does it for old machines' floats.
+template <class T> INLINE Vec<T> fused_difference(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
+  if constexpr (std::is_same_v<T, float>) {
+    typedef double Wide __attribute__((vector_size(2 * vector_bytes)));
+    return __builtin_convertvector(__builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) -
+                                       __builtin_convertvector(c, Wide), Vec<T>);
+  }
+#endif
+  return a * b - c;
+}
+
+// A real number as an unevaluated sum of two, times a constant: what exp_of_product wants, times log2(e).
+constexpr long double log2e = 1.442695040888963407359924681001892137427L;
 template <class T> struct Split {
   T high, low;
 };
-template <class T> inline Split<T> times_log2e(T a) {
+template <class T> NOINLINE Split<T> times(T a, long double constant) {
   using Wide = std::conditional_t<std::is_same_v<T, float>, double, long double>;
-  const Wide product = Wide(a) * Wide(1.442695040888963407359924681001892137427L);
+  const Wide product = Wide(a) * Wide(constant);
   const Wide most = std::numeric_limits<T>::max();
   if (product < -most) return {-std::numeric_limits<T>::max(), T(0)};
   const T high = T(product);
@@ -116,8 +137,8 @@ template <class T> inline Split<T> times_log2e(T a) {
 }
 
 template <class T> INLINE Vec<T> exp(Vec<T> v) {
-  const Split<T> one = times_log2e<T>(T(1));
-  return exp_of_product<T>(v, splat<T>(one.high), splat<T>(one.low));
+  constexpr T high = T(log2e), low = T(log2e - static_cast<long double>(high));
+  return exp_of_product<T>(v, splat<T>(high), splat<T>(low));
 }
 template <class T> INLINE Vec<T> negative_abs(Vec<T> v) { return v > Vec<T>{} ? -v : v; }
 
@@ -153,6 +174,14 @@ template <int span, class T> INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
   constexpr auto lanes = std::make_integer_sequence<int, Simd<T>::width>{};
   return fold_half<span, 0>(a, b, lanes) + fold_half<span, 1>(a, b, lanes);
 }
+// to[k] += v[k * step]
+template <int step, class T, int... k> INLINE void add_lanes(T* to, Vec<T> v, std::integer_sequence<int, k...>) {
+  typedef T Part __attribute__((vector_size(sizeof...(k) * sizeof(T))));
+  Part sum;
+  std::memcpy(&sum, to, sizeof sum);
+  sum += __builtin_shufflevector(v, v, (k * step)...);
+  std::memcpy(to, &sum, sizeof sum);
+}
 #else
 template <int span, class T> INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
   Vec<T> sum;
@@ -161,6 +190,9 @@ template <int span, class T> INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
     sum[lane] = lane % span < span / 2 ? a[at] + a[at + span / 2] : b[at] + b[at + span / 2];
   }
   return sum;
+}
+template <int step, class T, int... k> INLINE void add_lanes(T* to, Vec<T> v, std::integer_sequence<int, k...>) {
+  ((to[k] += v[k * step]), ...);
 }
 #endif
 // `count` vectors in, one out: the sum of vector k in lane k * width / count. Widest segments first.
@@ -172,29 +204,24 @@ template <int count, class T, int span = Simd<T>::width> INLINE Vec<T> fold_all(
     return fold_all<1, T, span / 2>(&folded);
   } else {
     Vec<T> folded[count / 2];
-    for (int k = 0; k < count / 2; ++k) folded[k] = fold<span, T>(v[k], v[k + count / 2]);
+    unrolled<count / 2>([&](int k) ALWAYS { folded[k] = fold<span, T>(v[k], v[k + count / 2]); });
     return fold_all<count / 2, T, span / 2>(folded);
   }
 }
-// The last vectors, fewer than 2 * `half`; reads up to 2 * half of them.
-template <int half, class T> INLINE void add_last_lane_sums(T* out, const Vec<T>* v, int count) {
-  if constexpr (half > 0) {
-    if (count <= half) return add_last_lane_sums<half / 2, T>(out, v, count);
-    const Vec<T> sums = fold_all<2 * half, T>(v);
-    for (int k = 0; k < count; ++k) out[k] += sums[k * (Simd<T>::width / (2 * half))];
-  } else {
-    out[0] += fold_all<1, T>(v)[0];
-  }
-}
-// v must have room for `count` rounded up to whole widths.
-template <class T> NOINLINE void add_lane_sums(T* out, const Vec<T>* v, int count) {
+// count is a power of two.
+template <int count, class T> INLINE void add_lane_sums(T* out, const Vec<T>* v) {
   constexpr int width = Simd<T>::width;
-  for (; count >= width; count -= width, v += width, out += width)
-    store<T>(out, load<T>(out) + fold_all<width, T>(v));
-  if (count > 0) add_last_lane_sums<width / 2, T>(out, v, count);
+  if constexpr (count > width) {
+    add_lane_sums<width, T>(out, v);
+    add_lane_sums<count - width, T>(out + width, v + width);
+  } else if constexpr (count == 1) {
+    out[0] += fold_all<1, T>(v)[0];
+  } else {
+    add_lanes<width / count, T>(out, fold_all<count, T>(v), std::make_integer_sequence<int, count>{});
+  }
 }
 
 // Scratch memory, aligned for vectors.
-template <class T> using Scratch = std::vector<Vec<T>>;
+template <class E> using Scratch = std::vector<E>;
 
 }  // namespace ssmlens
