@@ -102,6 +102,22 @@ def train(
     verb.run(config, out, resume)
 
 
+@app.command()
+def bench(
+    part: Annotated[
+        list[str] | None, typer.Argument(help="scan, length, layer, step, mixers, long; none: all of them.")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="smoke (seconds) or laptop (minutes).")] = "laptop",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: PyTorch's own number.")] = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure how fast the kernels, a layer and a training step are, beside other projects and beside what is possible."""
+    from ssmlens.cli import bench as verb
+
+    verb.run(part or [], scale, threads, out, json)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="mixers, experiments, checkpoints; nothing: all.")] = "",
