@@ -142,12 +142,20 @@ FLOOR, TORCH_EXP = "floor: the kernel's exponentials", "torch.exp"
 # ---- over lengths ----
 
 
+def _next(points: list[tuple[int, Value]]) -> float:
+    """Seconds to expect at ten times the length. Some grow with its square (a token loop whose backward pass makes a gradient as
+    long as the sequence for every token), which shows only late: growth is assumed to grow, and to be bad where nothing is known."""
+    last = points[-1][1].value
+    grown = last / points[-2][1].value if len(points) > 1 else 30.0
+    return last * max(10.0, grown**2 / 10)
+
+
 def _at_length(before: Before, length: int, name: str) -> None:
     before(f"{name}, length {length:,}")
 
 
 def lengths(s: Scale, before: Before) -> Found:
-    """Seconds of forward + backward, batch 1. A contender that was over budget at one length is not asked for the next."""
+    """Seconds of forward + backward, batch 1. A contender that would be over budget is not asked for the next length."""
     d_inner, d_state = s.width
     points: dict[str, list[tuple[int, Value]]] = {n: [] for n in scan.scans()}
     skipped: set[str] = set()
@@ -159,7 +167,7 @@ def lengths(s: Scale, before: Before) -> Found:
         times = in_turns(calls, rounds=3, budget=s.budget / 3, before=say)
         for n in names:
             points[n].append((length, median(times[n], "s")))
-            if median(times[n]).value * 10 > s.budget:
+            if _next(points[n]) > s.budget:
                 skipped.add(n)
     series = [
         Series(name=n, x=[float(x) for x, _ in p], y=[v.value for _, v in p], stderr=[v.stderr or 0.0 for _, v in p])
