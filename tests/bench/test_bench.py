@@ -74,7 +74,7 @@ def test_statistics():
     assert timing.quartiles([7.0]) == (7.0, 7.0)
 
 
-@pytest.mark.skipif(not memory._STATUS.exists(), reason="the system does not tell")
+@pytest.mark.skipif(not memory._STATUS.exists(), reason="peak memory is read from /proc, which this system has not")
 def test_memory_is_the_peak_beyond_the_arguments():
     extra = memory.extra(functools.partial, torch.ones, 25_000_000, threads=1)
     assert 95e6 < extra < 130e6

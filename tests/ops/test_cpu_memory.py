@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from cases import needs_compiler
 
-linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, which this system has not"
+)
 pytestmark = [needs_compiler, linux]
 
 PROGRAM = """
