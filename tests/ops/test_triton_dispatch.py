@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from triton_interpreter import DEVICE, INTERPRETED, here_or_in_a_child, needs_triton
+from triton_interpreter import DEVICE, here_or_in_a_child, needs_triton
 
 from ssmlens import ops
 from ssmlens.ops import triton as kernels
