@@ -10,7 +10,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ssmlens.ops.cpu._vmap import fold_all, one_by_one, unfold, unfold_all
+from ssmlens.ops.cpu._vmap import (
+    backward_vmap,
+    first_if_given,
+    fold_all,
+    if_given,
+    one_by_one,
+    scan_parameters,
+    unfold,
+    unfold_all,
+)
 
 Maybe = Tensor | None
 ops = torch.ops.ssmlens
@@ -53,12 +62,12 @@ class SelectiveScan(torch.autograd.Function):
         gradients = SelectiveScanBackward.apply(dy, dfinal, saved, *tensors[:8], ctx.dt_softplus, *tensors[8:], 1)
         dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0 = gradients
         dB, dC = dB if B.dim() == 3 else dB[0], dC if C.dim() == 3 else dC[0]
-        return (dx, ddt, dA[0], dB, dC, _first(D, dD), _if(z, dz), _first(dt_bias, ddt_bias), None, _if(h0, dh0),
+        return (dx, ddt, dA[0], dB, dC, first_if_given(D, dD), if_given(z, dz), first_if_given(dt_bias, ddt_bias), None, if_given(h0, dh0),
                 None, None)  # fmt: skip
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        parameters = _scan_parameters(arguments, in_dims)
+        parameters = scan_parameters(arguments, in_dims)
         if any(in_dims[i] is not None for i in parameters):
             return one_by_one(SelectiveScan, info, in_dims, arguments)
         folded = fold_all(arguments, in_dims, info.batch_size, parameters)
@@ -101,8 +110,8 @@ class SelectiveScanBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(
-            SelectiveScanBackward, info, in_dims, arguments, 3, 2, _scan_parameters(arguments[3:], in_dims[3:])
+        return backward_vmap(
+            SelectiveScanBackward, info, in_dims, arguments, 3, 2, scan_parameters(arguments[3:], in_dims[3:])
         )
 
 
@@ -126,7 +135,7 @@ class LinearScan(torch.autograd.Function):
         _must_have_saved("linear_scan", ctx.save)
         dh = torch.zeros_like(u) if dh is None else dh
         da, du, dh0 = LinearScanBackward.apply(dh, dfinal, saved, a, u, h0, reset, 1)
-        return da, du, _if(h0, dh0), None, None
+        return da, du, if_given(h0, dh0), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -152,7 +161,7 @@ class LinearScanBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(LinearScanBackward, info, in_dims, arguments, 3, 2, ())
+        return backward_vmap(LinearScanBackward, info, in_dims, arguments, 3, 2, ())
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -172,7 +181,7 @@ class CausalConv1d(torch.autograd.Function):
         x, weight, bias, initial, reset = ctx.saved_tensors
         gradients = CausalConv1dBackward.apply(dy, x, weight, bias, ctx.silu, initial, reset, 1)
         dx, dweight, dbias, dinitial = gradients
-        return dx, dweight[0], _first(bias, dbias), None, _if(initial, dinitial), None
+        return dx, dweight[0], first_if_given(bias, dbias), None, if_given(initial, dinitial), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -207,7 +216,7 @@ class CausalConv1dBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(CausalConv1dBackward, info, in_dims, arguments, 1, 1, (1, 2))
+        return backward_vmap(CausalConv1dBackward, info, in_dims, arguments, 1, 1, (1, 2))
 
 
 class Rwkv4(torch.autograd.Function):
@@ -242,7 +251,7 @@ class Rwkv4(torch.autograd.Function):
         _must_have_saved("rwkv4_attention", ctx.save)
         dy = torch.zeros_like(v) if dy is None else dy
         dr, dk, dv, dw, du, *dstate = Rwkv4Backward.apply(dy, dp, ds, dm, saved, *tensors, 1)
-        dstate = [_if(given, gradient) for given, gradient in zip(state, dstate, strict=True)]
+        dstate = [if_given(given, gradient) for given, gradient in zip(state, dstate, strict=True)]
         return dr, dk, dv, dw[0], du[0], *dstate, None, None
 
     @staticmethod
@@ -286,37 +295,7 @@ class Rwkv4Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(Rwkv4Backward, info, in_dims, arguments, 5, 4, (3, 4))
-
-
-def _scan_parameters(arguments: Any, in_dims: Any) -> tuple[int, ...]:
-    """The positions of A, D, dt_bias and, where they have no time, B and C."""
-    matrices = (i for i in (3, 4) if arguments[i].dim() - (in_dims[i] is not None) == 2)
-    return (2, 5, 7, *matrices)
-
-
-def _backward_vmap(
-    function: Any,
-    info: Any,
-    in_dims: Any,
-    arguments: Any,
-    first_input: int,
-    gradients: int,
-    parameters: tuple[int, ...],
-) -> Any:
-    """vmap of a backward function: of its arguments the first `gradients` are those that it is given, then come perhaps the
-    saved states, from `first_input` on the inputs of the forward function (those at the positions `parameters` among them
-    without a batch), and the number of samples.
-
-    Probes alone are folded into the batch of the gradients. Mapped inputs are folded too, unless probes already have been."""
-    *tensors, samples = arguments
-    parameters = tuple(first_input + i for i in parameters)
-    mapped = any(dim is not None for dim in in_dims[gradients:])
-    if mapped and (samples > 1 or any(in_dims[i] is not None for i in parameters)):
-        return one_by_one(function, info, in_dims, arguments)
-    kept = parameters if mapped else range(gradients, len(tensors))
-    folded = fold_all(tensors, in_dims[:-1], info.batch_size, kept)
-    return unfold_all(function.apply(*folded, samples * info.batch_size), info.batch_size)
+        return backward_vmap(Rwkv4Backward, info, in_dims, arguments, 5, 4, (3, 4))
 
 
 def _must_have_saved(name: str, saved: bool) -> None:
@@ -328,11 +307,3 @@ def _refuse(name: str) -> NoReturn:
     raise RuntimeError(
         f"{name}: the CPU kernels have no second derivative; use backend='chunked' or backend='reference'"
     )
-
-
-def _if(given: Maybe, gradient: Tensor) -> Maybe:
-    return None if given is None else gradient
-
-
-def _first(given: Maybe, gradient: Tensor) -> Maybe:
-    return None if given is None else gradient[0]

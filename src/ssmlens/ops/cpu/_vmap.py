@@ -1,4 +1,4 @@
-"""vmap of the CPU operators: the mapped dimension is folded into the batch, so a Jacobian by many probes is one call."""
+"""vmap of the kernels' operators, C++ and Triton: the mapped dimension is folded into the batch, so a Jacobian by many probes is one call."""
 
 from collections.abc import Container
 from typing import Any
@@ -38,3 +38,41 @@ def one_by_one(function: Any, info: Any, in_dims: Any, arguments: Any) -> Any:
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def backward_vmap(
+    function: Any,
+    info: Any,
+    in_dims: Any,
+    arguments: Any,
+    first_input: int,
+    gradients: int,
+    parameters: tuple[int, ...],
+) -> Any:
+    """vmap of a backward function: of its arguments the first `gradients` are those that it is given, then come perhaps the
+    saved states, from `first_input` on the inputs of the forward function (those at the positions `parameters` among them
+    without a batch), and the number of samples.
+
+    Probes alone are folded into the batch of the gradients. Mapped inputs are folded too, unless probes already have been."""
+    *tensors, samples = arguments
+    parameters = tuple(first_input + i for i in parameters)
+    mapped = any(dim is not None for dim in in_dims[gradients:])
+    if mapped and (samples > 1 or any(in_dims[i] is not None for i in parameters)):
+        return one_by_one(function, info, in_dims, arguments)
+    kept = parameters if mapped else range(gradients, len(tensors))
+    folded = fold_all(tensors, in_dims[:-1], info.batch_size, kept)
+    return unfold_all(function.apply(*folded, samples * info.batch_size), info.batch_size)
+
+
+def scan_parameters(arguments: Any, in_dims: Any) -> tuple[int, ...]:
+    """The positions of A, D, dt_bias and, where they have no time, B and C."""
+    matrices = (i for i in (3, 4) if arguments[i].dim() - (in_dims[i] is not None) == 2)
+    return (2, 5, 7, *matrices)
+
+
+def if_given(given: Tensor | None, gradient: Tensor) -> Tensor | None:
+    return None if given is None else gradient
+
+
+def first_if_given(given: Tensor | None, gradient: Tensor) -> Tensor | None:
+    return None if given is None else gradient[0]

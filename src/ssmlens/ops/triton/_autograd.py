@@ -9,7 +9,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ssmlens.ops.cpu._vmap import fold_all, one_by_one, unfold, unfold_all
+from ssmlens.ops.cpu._vmap import (
+    backward_vmap,
+    first_if_given,
+    fold_all,
+    if_given,
+    one_by_one,
+    scan_parameters,
+    unfold,
+    unfold_all,
+)
 from ssmlens.ops.triton import _library  # noqa: F401  (defines the operators)
 
 Maybe = Tensor | None
@@ -60,12 +69,12 @@ class SelectiveScan(torch.autograd.Function):
         gradients = SelectiveScanBackward.apply(dy, dfinal, saved, *tensors[:8], ctx.dt_softplus, *tensors[8:], 1)
         dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0 = gradients
         dB, dC = dB if B.dim() == 3 else dB[0], dC if C.dim() == 3 else dC[0]
-        return (dx, ddt, dA[0], dB, dC, _first(D, dD), _if(z, dz), _first(dt_bias, ddt_bias), None, _if(h0, dh0),
+        return (dx, ddt, dA[0], dB, dC, first_if_given(D, dD), if_given(z, dz), first_if_given(dt_bias, ddt_bias), None, if_given(h0, dh0),
                 None, None)  # fmt: skip
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _forward_vmap(SelectiveScan, info, in_dims, arguments, _scan_parameters(arguments, in_dims))
+        return _forward_vmap(SelectiveScan, info, in_dims, arguments, scan_parameters(arguments, in_dims))
 
 
 class SelectiveScanBackward(torch.autograd.Function):
@@ -104,8 +113,8 @@ class SelectiveScanBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        parameters = _scan_parameters(arguments[3:], in_dims[3:])
-        return _backward_vmap(SelectiveScanBackward, info, in_dims, arguments, 3, 2, parameters)
+        parameters = scan_parameters(arguments[3:], in_dims[3:])
+        return backward_vmap(SelectiveScanBackward, info, in_dims, arguments, 3, 2, parameters)
 
 
 class LinearScan(torch.autograd.Function):
@@ -125,7 +134,7 @@ class LinearScan(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> Any:
         a, h, h0, reset = ctx.saved_tensors
         da, du, dh0 = LinearScanBackward.apply(dh, a, h, h0, reset, 1)
-        return da, du.to(ctx.u_dtype), _if(h0, dh0), None
+        return da, du.to(ctx.u_dtype), if_given(h0, dh0), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -149,7 +158,7 @@ class LinearScanBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(LinearScanBackward, info, in_dims, arguments, 1, 1, ())
+        return backward_vmap(LinearScanBackward, info, in_dims, arguments, 1, 1, ())
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -169,7 +178,7 @@ class CausalConv1d(torch.autograd.Function):
         x, weight, bias, initial, reset = ctx.saved_tensors
         gradients = CausalConv1dBackward.apply(dy, x, weight, bias, ctx.silu, initial, reset, 1)
         dx, dweight, dbias, dinitial = gradients
-        return dx, dweight[0], _first(bias, dbias), None, _if(initial, dinitial), None
+        return dx, dweight[0], first_if_given(bias, dbias), None, if_given(initial, dinitial), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -204,7 +213,7 @@ class CausalConv1dBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(CausalConv1dBackward, info, in_dims, arguments, 1, 1, (1, 2))
+        return backward_vmap(CausalConv1dBackward, info, in_dims, arguments, 1, 1, (1, 2))
 
 
 class GatedLinearAttention(torch.autograd.Function):
@@ -225,7 +234,7 @@ class GatedLinearAttention(torch.autograd.Function):
         _, _, v, _, bonus, h0, _ = tensors
         dy = torch.zeros_like(v) if dy is None else dy
         dq, dk, dv, dlog_a, dbonus, dh0 = GatedLinearAttentionBackward.apply(dy, dfinal, *tensors, 1)
-        return dq, dk, dv, dlog_a, _first(bonus, dbonus), _if(h0, dh0), None
+        return dq, dk, dv, dlog_a, first_if_given(bonus, dbonus), if_given(h0, dh0), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -260,13 +269,7 @@ class GatedLinearAttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _backward_vmap(GatedLinearAttentionBackward, info, in_dims, arguments, 2, 2, (4,))
-
-
-def _scan_parameters(arguments: Any, in_dims: Any) -> tuple[int, ...]:
-    """The positions of A, D, dt_bias and, where they have no time, B and C."""
-    matrices = (i for i in (3, 4) if arguments[i].dim() - (in_dims[i] is not None) == 2)
-    return (2, 5, 7, *matrices)
+        return backward_vmap(GatedLinearAttentionBackward, info, in_dims, arguments, 2, 2, (4,))
 
 
 def _forward_vmap(function: Any, info: Any, in_dims: Any, arguments: Any, parameters: tuple[int, ...]) -> Any:
@@ -275,33 +278,3 @@ def _forward_vmap(function: Any, info: Any, in_dims: Any, arguments: Any, parame
         return one_by_one(function, info, in_dims, arguments)
     folded = fold_all(arguments, in_dims, info.batch_size, parameters)
     return unfold_all(function.apply(*folded), info.batch_size)
-
-
-def _backward_vmap(
-    function: Any,
-    info: Any,
-    in_dims: Any,
-    arguments: Any,
-    first_input: int,
-    gradients: int,
-    parameters: tuple[int, ...],
-) -> Any:
-    """The same for a backward function, whose first `gradients` arguments are gradients, those from `first_input` on the inputs of
-    the forward function, and the last the number of samples. Probes alone are folded into the batch of the gradients; mapped
-    inputs are folded too, unless probes already have been."""
-    *tensors, samples = arguments
-    parameters = tuple(first_input + i for i in parameters)
-    mapped = any(dim is not None for dim in in_dims[gradients:])
-    if mapped and (samples > 1 or any(in_dims[i] is not None for i in parameters)):
-        return one_by_one(function, info, in_dims, arguments)
-    kept = parameters if mapped else range(gradients, len(tensors))
-    folded = fold_all(tensors, in_dims[:-1], info.batch_size, kept)
-    return unfold_all(function.apply(*folded, samples * info.batch_size), info.batch_size)
-
-
-def _if(given: Maybe, gradient: Tensor) -> Maybe:
-    return None if given is None else gradient
-
-
-def _first(given: Maybe, gradient: Tensor) -> Maybe:
-    return None if given is None else gradient[0]
