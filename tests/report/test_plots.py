@@ -148,6 +148,13 @@ def test_no_value_breaks_a_picture(y, scale, band):
     plots.svg(figure(s, x_scale=scale, y_scale=scale, y_floor=y[0]))
 
 
+@pytest.mark.parametrize("huge", [8.98846567431158e307, -1.7e308])
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_values_near_the_largest_float_do_not_overflow(huge, scale):
+    s = Series(name="s", x=[0.0, 1.0], y=[huge, 1.0], stderr=[abs(huge), 1.0])
+    assert "no values to draw" not in plots.svg(figure(s, x_scale=scale, y_scale=scale, y_floor=huge))
+
+
 def test_the_noise_floor_is_drawn_where_data_come_near_it():
     s = Series(name="s", x=[1.0, 2.0], y=[1.0, 1e-6])
     assert "floating-point noise below" in plots.svg(figure(s, y_scale="log", y_floor=1e-7))

@@ -18,8 +18,12 @@ Array = NDArray[np.float64]
 MOST = 1e100
 
 
+HUGE = 1e300  # from here on a sum or the range of an axis may overflow: like infinity, no axis shows it
+
+
 def floats(values: list[float]) -> Array:
-    return np.asarray(values, dtype=float)
+    numbers = np.asarray(values, dtype=float)
+    return np.where(np.abs(numbers) < HUGE, numbers, np.nan)
 
 
 def count(figure: Figure) -> int:

@@ -10,6 +10,7 @@ on a GPU as far as its kernels are deterministic): data and learning rate are fu
 in the checkpoint, and an evaluation leaves the random number generators as it found them.
 """
 
+import atexit
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -75,6 +76,11 @@ def train(
         run.close()
 
 
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class _Run:
     """The state of one run. `train` is its only user."""
 
@@ -96,7 +102,11 @@ class _Run:
         from accelerate.utils import set_seed
 
         # precision is ours, not that of the launcher's environment: autocast is entered below
+        alone = not torch.distributed.is_initialized()
         self.accelerator = Accelerator(mixed_precision="no")
+        if alone and torch.distributed.is_initialized():
+            # its threads must be gone before the interpreter is: else they now and then abort a run that was done
+            atexit.register(_leave_process_group)
         self.config, self.stream, self.model, self.evaluate = config, stream, model, evaluate
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
