@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ssmlens import files
 from ssmlens.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READS = (1, 2)  # 2 added maps; a file of 1 is a record without any
 
 
 class _Part(BaseModel):
@@ -127,6 +128,40 @@ class Figure(_Part):
     method: str = ""
 
 
+class Panel(_Part):
+    """One heat map: values[i][j] at y[i], x[j] of its `Map`. NaN: nothing there (left blank, as above a diagonal)."""
+
+    name: str
+    values: list[list[float]]
+    group: str = ""
+
+
+class Map(_Part):
+    """Heat maps on the same two axes and one colour scale. x, y: positions of columns and rows, numbers or names;
+    `unit`: what the colours mean; low, high: the ends of the colour scale (None: those of the values)."""
+
+    id: str
+    title: str
+    x_label: str
+    y_label: str
+    unit: str
+    x: list[float] | list[str]
+    y: list[float] | list[str]
+    panels: list[Panel]
+    scale: Literal["linear", "log"] = "linear"
+    low: float | None = None
+    high: float | None = None
+    meaning: str = ""
+    method: str = ""
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "Map":
+        for panel in self.panels:
+            if len(panel.values) != len(self.y) or any(len(row) != len(self.x) for row in panel.values):
+                raise ValueError(f"panel {panel.name!r} is not of shape ({len(self.y)}, {len(self.x)})")
+        return self
+
+
 class Provenance(_Part):
     ssmlens: str
     python: str
@@ -152,6 +187,7 @@ class Record(_Part):
     verdict: list[str] = Field(default_factory=list)
     tables: list[Table] = Field(default_factory=list)
     figures: list[Figure] = Field(default_factory=list)
+    maps: list[Map] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     config: dict[str, Any] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=list)
@@ -177,10 +213,10 @@ class Record(_Part):
             raise UserError(f"not a results file: {e}") from e
         if not isinstance(tree, dict) or "schema_version" not in tree:
             raise UserError("not a results file: it has no schema_version")
-        if tree["schema_version"] != SCHEMA_VERSION:
+        if tree["schema_version"] not in READS:
             raise UserError(
-                f"results file has schema version {tree['schema_version']}, this ssmlens reads {SCHEMA_VERSION}; "
-                "use the ssmlens that wrote it"
+                f"results file has schema version {tree['schema_version']}, this ssmlens reads "
+                f"{' and '.join(map(str, READS))}; use the ssmlens that wrote it"
             )
         nonfinite = tree.pop("nonfinite", None) or {}
         if not isinstance(nonfinite, dict) or any(name not in ("inf", "-inf", "nan") for name in nonfinite.values()):
