@@ -91,6 +91,33 @@ def reproduce(
 
 
 @app.command()
+def needle(
+    model: Annotated[
+        list[str], typer.Argument(help="Directories, packaged checkpoints or hub ids; several: one page.")
+    ],
+    text: Annotated[
+        Path | None, typer.Option(help="Haystack; default: held-out English from Python's own documentation.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of text and question, with commas between. Default: 512,1024,2048, or the model's own task."
+        ),
+    ] = None,
+    depths: Annotated[int, typer.Option(min=3, help="Depths, evenly from the beginning of the text to its end.")] = 11,
+    prompts: Annotated[int, typer.Option(min=2, help="Of the synthetic needle: prompts a length and depth.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts read at once.")] = 16,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished in --out.")] = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Hide statements in a long text and ask for them: accuracy by length and depth, and the recency index."""
+    from ssmlens.cli import needle as verb
+
+    verb.run(model, text, lengths, depths, prompts, batch_size, resume, out, json)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file: [model], [data], [training]; see docs/train.md.")],
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/NAME of the file.")] = None,

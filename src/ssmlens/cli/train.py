@@ -2,10 +2,11 @@
 
 seed, weight_decay_groups, threads      above the first table, see RunConfig
 [model]      the fields of `ssmlens.models.Architecture`
-[data]       task = "corpus" (the other keys: `CorpusConfig`) or task = "mqar" (`MqarConfig`)
+[data]       task = "corpus" (the other keys: `CorpusConfig`), "mqar" (`MqarConfig`) or "needle" (`NeedleConfig`)
 [training]   the fields of `ssmlens.training.TrainConfig`
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,7 @@ def run(path: Path, out: Path | None, resume: bool) -> None:
         optimizer_groups=model.parameter_groups(settings.weight_decay, config.weight_decay_groups),
         identity={"model": model_config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed},
     )  # fmt: skip
-    save(model, where / "model")
+    save(model, where / "model", config.data)
     measured = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
     print(f"{result.step} steps in {result.seconds:.0f} s; {measured}; model in {where / 'model'}")
 
@@ -84,8 +85,8 @@ def evaluate(model: Any, stream: Any) -> dict[str, float]:
     return {"loss": loss / count, "bits": loss / count / math.log(2), "accuracy": correct / count}
 
 
-def save(model: Any, path: Path) -> None:
-    """save_pretrained, all of it or nothing."""
+def save(model: Any, path: Path, data: dict[str, Any]) -> None:
+    """save_pretrained, and beside the weights, in data.json, what they were trained on; all of it or nothing."""
     from transformers.utils import logging
 
     from ssmlens import files
@@ -93,3 +94,5 @@ def save(model: Any, path: Path) -> None:
     logging.disable_progress_bar()
     with files.replace_directory(path) as temporary:
         model.save_pretrained(temporary)
+        named = {k: Path(v).name if k == "text" else v for k, v in data.items()}  # a path says nothing elsewhere
+        files.write(Path(temporary) / "data.json", json.dumps(named, indent=1) + "\n")

@@ -28,7 +28,7 @@ class Stream(Protocol):
     """A source with random access: batch(step) is the same for ever, also for a run that was resumed."""
 
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> int | None: ...  # None: no epochs, every batch is drawn afresh
     def batch(self, step: int, /) -> Batch: ...
 
 

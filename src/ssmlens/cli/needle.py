@@ -1,0 +1,171 @@
+"""`ssmlens needle MODEL [MODEL ...]`."""
+
+import json as json_
+from pathlib import Path
+from typing import Any
+
+from ssmlens.errors import UserError
+
+LENGTHS = (512, 1024, 2048)
+
+
+def run(
+    models: list[str], text: Path | None, lengths: str | None, depths: int, prompts: int, batch_size: int, resume: bool,
+    out: Path | None, json: bool,
+) -> None:  # fmt: skip
+    if not models:
+        raise UserError("name at least one model: a directory, a packaged checkpoint or a hub id")
+    sizes = _lengths(lengths)
+
+    from ssmlens.cli.diagnose import _names
+    from ssmlens.cli.output import directory, finish
+    from ssmlens.models.pretrained import load
+
+    loaded = {name: load(path) for name, path in zip(_names(models), models, strict=True)}
+    recipes = [_recipe(path) for path in models]
+    synthetic = [r for r in recipes if r is not None]
+    if synthetic and len(synthetic) < len(models):
+        raise UserError(
+            "some of these models were trained on the synthetic needle and some were not: measure them apart"
+        )
+    if len({json_.dumps({**r, "seed": 0}, sort_keys=True) for r in synthetic}) > 1:
+        raise UserError(
+            "these models were trained on different needle tasks (see data.json beside them): measure them apart"
+        )
+    if synthetic and text is not None:
+        raise UserError("these models know only the tokens of the synthetic needle: leave --text out")
+    where = directory(out, "needle")
+    grid = [i / (depths - 1) for i in range(depths)]
+    if synthetic:
+        record = _synthetic(loaded, synthetic[0], sizes, grid, prompts, batch_size, resume, where, not json)
+    else:
+        record = _statements(loaded, models, text, sizes or LENGTHS, grid, batch_size, resume, where, not json)
+    finish(record, where, json)
+
+
+def _lengths(words: str | None) -> tuple[int, ...] | None:
+    if words is None:
+        return None
+    try:
+        found = tuple(sorted({int(w) for w in words.split(",")}))
+    except ValueError:
+        raise UserError(f"--lengths are numbers with commas between them, such as 512,1024, not {words!r}") from None
+    if found[0] < 4:
+        raise UserError(f"a length of {found[0]} tokens holds no needle")
+    return found
+
+
+def _recipe(path: str) -> dict[str, Any] | None:
+    """What the model was trained on, where that is the synthetic needle (`ssmlens train` leaves it beside the weights)."""
+    file = Path(path) / "data.json"
+    if not file.is_file():
+        return None
+    try:
+        data = json_.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{file} is not readable JSON: {e}") from None
+    return data if isinstance(data, dict) and data.get("task") == "needle" else None
+
+
+def _statements(
+    loaded: dict[str, Any], paths: list[str], text: Path | None, lengths: tuple[int, ...], depths: list[float],
+    batch_size: int, resume: bool, where: Path, shown: bool,
+) -> Any:  # fmt: skip
+    from ssmlens.cli.diagnose import _tokenizer
+    from ssmlens.experiments import needle as n
+    from ssmlens.tasks import corpus
+    from ssmlens.tasks.facts import FACTS
+    from ssmlens.tasks.needle import Grid, Haystack
+
+    source = corpus.python_reference() if text is None else corpus.text_file(text, heldout=1.0)
+    words = bytes(source.heldout).decode("utf-8", errors="replace")
+    grids, decoders = {}, {}
+    for (name, model), path in zip(loaded.items(), paths, strict=True):
+        tokenizer = _tokenizer(name, model, path)
+        encode, decoders[name] = _coder(tokenizer)
+        grids[name] = Grid.of(Haystack.of(source.name, words, encode, max(lengths)), FACTS, encode)
+    identity = {
+        "text": source.sha256, "lengths": list(lengths), "depths": depths, "facts": len(FACTS),
+        "models": {name: n.fingerprint(model) for name, model in loaded.items()},
+    }  # fmt: skip
+    store = n.Store(where / "cells.json", identity, resume)
+    with _bar(shown, sum(n.work(grid, lengths, depths) for grid in grids.values())) as advance:
+        found = [
+            n.measure_statements(
+                name, model, grids[name], decoders[name], lengths, depths, batch_size=batch_size, store=store, advance=advance
+            )
+            for name, model in loaded.items()
+        ]  # fmt: skip
+    notes = [
+        f"Haystack: {source.name}{', its held-out part' if text is None else ''}, cut at ends of sentences.",
+        f"{len(FACTS)} statements that contradict the world, of {len({f.kind for f in FACTS})} kinds; each stands in the text once, at every depth.",
+        "Statements of one kind are alike, so the standard errors are a little too small.",
+    ]
+    for name, grid in grids.items():
+        if grid.haystack.repeated > 1:
+            notes.append(f"{name}: the text is repeated {grid.haystack.repeated} times to reach {max(lengths)} tokens.")
+    return n.record(found, synthetic=False, config=identity, seeds=[], notes=notes, chance=50.0)
+
+
+def _synthetic(
+    loaded: dict[str, Any], data: dict[str, Any], lengths: tuple[int, ...] | None, depths: list[float], prompts: int,
+    batch_size: int, resume: bool, where: Path, shown: bool,
+) -> Any:  # fmt: skip
+    from ssmlens.experiments import needle as n
+    from ssmlens.tasks.needle import NeedleConfig, NeedleStream
+
+    config = NeedleConfig.of({k: v for k, v in data.items() if k != "task"}, "data.json")
+    stream = NeedleStream(config)
+    chosen = lengths or (*sorted(config.lengths), 2 * config.length, 4 * config.length)
+    identity = {
+        "data": config.model_dump(mode="json"), "lengths": list(chosen), "depths": depths, "prompts": prompts,
+        "models": {name: n.fingerprint(model) for name, model in loaded.items()},
+    }  # fmt: skip
+    store = n.Store(where / "cells.json", identity, resume)
+    with _bar(shown, len(loaded) * len(depths) * prompts * sum(chosen)) as advance:
+        found = [
+            n.measure_synthetic(
+                name, model, stream, chosen, depths, prompts=prompts, batch_size=batch_size, store=store, advance=advance
+            )
+            for name, model in loaded.items()
+        ]  # fmt: skip
+    beyond = [str(length) for length in chosen if length > config.length]
+    notes = [
+        f"Synthetic needle: one of {config.keys} keys with one of {config.keys} values among {config.vocab_size - 2 * config.keys} kinds of "
+        f"noise; trained on lengths {', '.join(map(str, sorted(config.lengths)))}, the needle anywhere.",
+        *([f"Lengths {', '.join(beyond)} are longer than any in training."] if beyond else []),
+    ]
+    return n.record(found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys)
+
+
+def _coder(tokenizer: Any) -> tuple[Any, Any]:
+    """Text → tokens and back; bytes where there is no tokenizer."""
+    if tokenizer is None:
+        return lambda text: list(text.encode()), lambda ids: bytes(i % 256 for i in ids).decode(
+            "utf-8", errors="replace"
+        )
+    return (
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )
+
+
+class _bar:
+    """A bar over tokens, with the time left."""
+
+    def __init__(self, shown: bool, total: int) -> None:
+        self.shown, self.total = shown, total
+
+    def __enter__(self) -> Any:
+        from ssmlens.progress import bars
+
+        if not self.shown:
+            return lambda tokens: None
+        self.bars = bars("{task.percentage:>3.0f}%")
+        self.bars.start()
+        task = self.bars.add_task("needle", total=self.total)
+        return lambda tokens: self.bars.advance(task, tokens)
+
+    def __exit__(self, *error: object) -> None:
+        if self.shown:
+            self.bars.stop()

@@ -1,0 +1,477 @@
+"""Finding a needle: which statement, how far back in a long text, does a model still answer by (the paper's Figures 2 and 9).
+
+    recency index = accuracy in the last third of the depths - accuracy in the first third
+
+A prompt is answered right where the model holds the answer of the text for more probable than that of the world, or, for the
+synthetic task, for the most probable token of all. Beside it: whether the answer it generates is that of the text.
+
+The text before the needle is read once for a length: the states at all depths are kept, and each is the start of its prompts. Long texts
+are read in pieces with the state carried on, so time, not memory, bounds the length.
+
+Every cell (model, length, depth) is on disk when it is done; with `resume` it is not measured again.
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmlens import files
+from ssmlens.errors import UserError
+from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value, provenance
+from ssmlens.tasks.needle import Cell, Grid, NeedleStream
+
+PIECE = 1 << 14  # tokens, over all rows, read in one call
+Advance = Callable[[float], None]
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one cell, prompt by prompt. right: 0 or 1; generated: 0 or 1; margin: log-probability of the text's answer minus that of
+    the world's, in nats. None where there is no such thing (synthetic)."""
+
+    right: list[int]
+    generated: list[int] | None = None
+    margin: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What was found of one model. cells: (length, depth) → Scores; control: length → Scores without any needle."""
+
+    name: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    cells: dict[tuple[int, float], Scores]
+    control: dict[int, Scores] = field(default_factory=dict)
+
+    def accuracy(self, at: Sequence[tuple[int, float]], what: str = "right") -> Value:
+        """In %, over prompts (each averaged over the cells `at` first: prompts, not cells, are independent)."""
+        columns = [getattr(self.cells[key], what) for key in at]
+        return Value.mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "%")
+
+    @property
+    def complete(self) -> bool:
+        return len(self.cells) == len(self.lengths) * len(self.depths)
+
+    def at_depth(self, depth: float, what: str = "right") -> Value:
+        return self.accuracy([(length, depth) for length in self.lengths if (length, depth) in self.cells], what)
+
+    def third(self, last: bool, what: str = "right") -> Value:
+        return self.accuracy(self._third(last), what)
+
+    def recency_index(self, what: str = "right") -> Value:
+        """Accuracy in the last third of the depths minus that in the first, in points, prompt by prompt."""
+        parts = [[getattr(self.cells[key], what) for key in self._third(last)] for last in (True, False)]
+        late, early = ([sum(row) / len(row) for row in zip(*columns, strict=True)] for columns in parts)
+        return Value.mean([100 * (a - b) for a, b in zip(late, early, strict=True)], "points")
+
+    def moved(self, depth: float) -> Value:
+        """What the needle adds to the log-odds of the text's answer against the world's, in nats: with it minus without it."""
+        cells = [(length, self.cells[length, depth]) for length in self.lengths if (length, depth) in self.cells]
+        rows = [
+            [a - b for a, b in zip(s.margin or [], self.control[length].margin or [], strict=True)]
+            for length, s in cells
+        ]
+        return Value.mean([sum(row) / len(row) for row in zip(*rows, strict=True)], "nats")
+
+    def over_control(self) -> Value:
+        """Accuracy minus that without a needle, in points, prompt by prompt."""
+        columns = [
+            [a - b for a, b in zip(s.right, self.control[length].right, strict=True)]
+            for (length, _), s in self.cells.items()
+        ]
+        return Value.mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "points")
+
+    def _third(self, last: bool) -> list[tuple[int, float]]:
+        inside = [d for d in self.depths if (d >= 2 / 3 if last else d <= 1 / 3)]
+        return [(length, d) for length in self.lengths for d in inside if (length, d) in self.cells]
+
+
+class Reader:
+    """A causal language model with its state: read tokens, fork the state for many continuations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Logits after the last token, (batch, vocab), and the state there."""
+        step = max(1, PIECE // tokens.shape[0])
+        out: Any = None
+        for piece in tokens.to(self.device).split(step, 1):
+            out = self.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+        return out.logits[:, -1].float(), cache
+
+    def fork(self, cache: Any, count: int) -> Any:
+        """The state of one sequence as the start of `count`; the original stays as it is."""
+        if cache is None:
+            return None
+        if hasattr(cache, "states"):
+            states = [type(s)(*(t.repeat_interleave(count, 0) for t in s)) for s in cache.states]
+            return type(cache)(states, cache.length)
+        forked = copy.deepcopy(cache)
+        forked.batch_repeat_interleave(count)
+        return forked
+
+    @torch.no_grad()
+    def log_probability(self, logits: Tensor, cache: Any, answers: list[list[int]]) -> list[float]:
+        """Of answers[i] after row i. logits: those at the end of the prompts. The state is not advanced."""
+        width = max(len(a) for a in answers)
+        padded = torch.tensor([a + [0] * (width - len(a)) for a in answers], device=self.device)
+        score = logits.log_softmax(-1).gather(1, padded[:, :1])
+        if width > 1:
+            out = self.model(input_ids=padded[:, :-1], past_key_values=copy.deepcopy(cache), use_cache=True)
+            rest = out.logits.float().log_softmax(-1).gather(2, padded[:, 1:, None])[..., 0]
+            score = torch.cat([score, rest], 1)
+        # padding comes after an answer: what it would have scored is left out
+        return [float(row[: len(a)].sum()) for row, a in zip(score, answers, strict=True)]
+
+    def generate(self, logits: Tensor, cache: Any, count: int) -> list[list[int]]:
+        """The `count` tokens after each row, each the most probable. The state given is used up."""
+        found = [logits.argmax(-1)]
+        for _ in range(count - 1):
+            logits, cache = self.read(found[-1][:, None], cache)
+            found.append(logits.argmax(-1))
+        return torch.stack(found, 1).tolist()
+
+
+def names(text: str, answer: str) -> int:
+    """Where `answer` stands in `text` as a word; -1 where it does not."""
+    low, word = text.lower(), answer.lower()
+    at = low.find(word)
+    while at >= 0:
+        before, after = low[at - 1 : at], low[at + len(word) : at + len(word) + 1]
+        if not before.isalnum() and not after.isalnum():
+            return at
+        at = low.find(word, at + 1)
+    return -1
+
+
+def measure_statements(
+    name: str,
+    model: nn.Module,
+    grid: Grid,
+    decode: Decode,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    batch_size: int = 16,
+    store: "Store | None" = None,
+    advance: Advance = lambda tokens: None,
+) -> Needle:
+    """Every fact of the grid at every length and depth. advance: is told the tokens read. Raises UserError for a length beyond the
+    positions of the model, or too short for the needles."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and max(lengths) > limit:
+        raise UserError(f"{name} reads at most {limit} tokens, the grid has {max(lengths)}: give smaller --lengths")
+    store = store or Store(None)
+    reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {})
+    generated = max(len(a) for pair in grid.answers for a in pair) + 3
+    with evaluating(model):
+        for length in lengths:
+            cache, seen = None, 0
+            cells = [grid.cell(length, depth) for depth in sorted(depths)]
+            for cell in [*cells, grid.cell(length, 0.0, control=True)]:
+                key = f"{name}|{length}|{'control' if cell.control else f'{cell.depth:g}'}"
+                scores = store.get(key)
+                if scores is None:
+                    if cell.prefix > seen:
+                        _, cache = reader.read(grid.haystack.ids[None, seen : cell.prefix], cache)
+                        advance(cell.prefix - seen)
+                        seen = cell.prefix
+                    scores = _score(
+                        reader, grid, cell, cache if cell.prefix else None, decode, generated, batch_size, advance
+                    )
+                    store.put(key, scores)
+                if cell.control:
+                    found.control[length] = scores
+                else:
+                    found.cells[length, cell.depth] = scores
+    return found
+
+
+def work(grid: Grid, lengths: Sequence[int], depths: Sequence[float]) -> int:
+    """How many tokens `measure_statements` reads of one model."""
+    total = 0
+    for length in lengths:
+        cells = [grid.cell(length, d) for d in depths]
+        total += max(c.prefix for c in cells)
+        total += sum(c.rows.numel() for c in [*cells, grid.cell(length, 0.0, control=True)])
+    return total
+
+
+def _score(
+    reader: Reader, grid: Grid, cell: Cell, cache: Any, decode: Decode, generated: int, batch_size: int, advance: Advance
+) -> Scores:  # fmt: skip
+    right: list[int] = []
+    spoken: list[int] = []
+    margins: list[float] = []
+    for start in range(0, len(cell.rows), batch_size):
+        rows = cell.rows[start : start + batch_size]
+        facts, answers = grid.facts[start : start + batch_size], grid.answers[start : start + batch_size]
+        logits, state = reader.read(rows, reader.fork(cache, len(rows)))
+        of_text = reader.log_probability(logits, state, [a for a, _ in answers])
+        of_world = reader.log_probability(logits, state, [b for _, b in answers])
+        for a, b in zip(of_text, of_world, strict=True):
+            right.append(int(a > b))
+            margins.append(a - b)
+        for fact, ids in zip(facts, reader.generate(logits, state, generated), strict=True):
+            said = decode(ids)
+            here, there = names(said, fact.context), names(said, fact.world)
+            spoken.append(int(here >= 0 and (there < 0 or here < there)))
+        advance(rows.numel())
+    return Scores(right, spoken, margins)
+
+
+def measure_synthetic(
+    name: str,
+    model: nn.Module,
+    stream: NeedleStream,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    prompts: int = 200,
+    batch_size: int = 32,
+    store: "Store | None" = None,
+    advance: Advance = lambda tokens: None,
+) -> Needle:
+    """`prompts` prompts a cell: one key and its value in noise, right where the value is the most probable token."""
+    store = store or Store(None)
+    reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {})
+    with evaluating(model):
+        for length in lengths:
+            for depth in depths:
+                key = f"{name}|{length}|{depth:g}"
+                scores = store.get(key)
+                if scores is None:
+                    batch = stream.test(prompts, length, depth)
+                    right: list[int] = []
+                    for tokens, targets in zip(
+                        batch.tokens.split(batch_size), batch.targets.split(batch_size), strict=True
+                    ):
+                        logits, _ = reader.read(tokens)
+                        right += (logits.argmax(-1).cpu() == targets[:, -1]).int().tolist()
+                        advance(tokens.numel())
+                    scores = Scores(right)
+                    store.put(key, scores)
+                found.cells[length, depth] = scores
+    return found
+
+
+class evaluating:
+    """Evaluation mode; afterwards as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.training)
+
+
+class Store:
+    """Finished cells in one JSON file, rewritten whole after each. path None: nothing is kept.
+
+    identity: what must be the same on resume. Raises UserError where the file is another measurement's, or holds one and resume is
+    False."""
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any] | None = None, resume: bool = False) -> None:
+        self.path, self.identity = path, dict(identity or {})
+        self._cells: dict[str, dict[str, Any]] = {}
+        if path is None or not path.exists():
+            return
+        if not resume:
+            raise UserError(f"{path.parent} holds a measurement already: --resume, or another --out")
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            there, cells = tree["identity"], tree["cells"]
+            self._cells = {key: dict(value) for key, value in cells.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} is damaged ({e}): remove it, or choose another --out") from None
+        now = json.loads(json.dumps(self.identity))
+        changed = [k for k in sorted({*there, *now}) if there.get(k) != now.get(k)]
+        if changed:
+            raise UserError(
+                f"{path.parent} holds another measurement: {', '.join(changed)} differ; choose another --out"
+            )
+
+    def get(self, key: str) -> Scores | None:
+        found = self._cells.get(key)
+        return Scores(**found) if found is not None else None
+
+    def put(self, key: str, scores: Scores) -> None:
+        if self.path is None:
+            return
+        self._cells[key] = {"right": scores.right, "generated": scores.generated, "margin": scores.margin}
+        files.write(self.path, json.dumps({"identity": self.identity, "cells": self._cells}) + "\n")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the weights: another model under the same name must not be taken for this one."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item():.12g}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- the record
+
+
+def record(
+    found: Sequence[Needle], *, synthetic: bool, config: Mapping[str, Any], seeds: list[int], notes: Sequence[str], chance: float
+) -> Record:  # fmt: skip
+    """Tables, curve over depth, heat maps, verdict. chance: accuracy in % of guessing."""
+    whats = ["right"] if synthetic else ["right", "generated"]
+    return Record(
+        kind="needle",
+        title="Needle in a haystack: " + ", ".join(n.name for n in found),
+        verdict=[verdict(n, synthetic) for n in found],
+        tables=[_table(found, whats, synthetic)],
+        figures=[
+            *(_by_depth(found, what, synthetic, chance) for what in whats),
+            *([] if synthetic or not all(n.control for n in found) else [_moved(found)]),
+        ],
+        maps=[_map(found, what, synthetic) for what in whats],
+        notes=list(notes),
+        config=dict(config),
+        seeds=seeds,
+        complete=all(n.complete for n in found),
+        provenance=provenance(),
+    )
+
+
+_WORDS = {
+    "right": ("answer of the text preferred", "The model holds the answer of the text for more probable than the true one."),
+    "generated": ("answer of the text generated", "The answer that the model writes, token by token the most probable, is that of the text."),
+}  # fmt: skip
+
+
+def _what(what: str, synthetic: bool) -> tuple[str, str]:
+    return ("value recalled", "The most probable token is the value of the key.") if synthetic else _WORDS[what]
+
+
+def verdict(n: Needle, synthetic: bool = False) -> str:
+    early, late, index = n.third(last=False), n.third(last=True), n.recency_index()
+    numbers = f"{late.value:.0f} % right in the last third of the text, {early.value:.0f} % in the first"
+    bounds = index.interval()
+    if bounds is None:
+        return f"{n.name}: {numbers}."
+    if not synthetic and n.control and (over := n.over_control().interval()) is not None and over[0] <= 0:
+        return (
+            f"{n.name} does not answer by the text more often than without any needle ({n.over_control().value:+.1f} points, "
+            f"95 % interval {over[0]:+.1f} to {over[1]:+.1f}): too weak a model for this test, or one that has forgotten it all."
+        )
+    interval = f"recency index {index.value:+.0f} points, 95 % interval {bounds[0]:+.0f} to {bounds[1]:+.0f}"
+    if bounds[0] > 0:
+        return f"{n.name} finds needles near the end better than those near the beginning: {numbers} ({interval})."
+    if bounds[1] < 0:
+        return f"{n.name} finds needles near the beginning better than those near the end: {numbers} ({interval})."
+    return f"{n.name}: no difference between early and late needles can be told: {numbers} ({interval})."
+
+
+def _table(found: Sequence[Needle], whats: Sequence[str], synthetic: bool) -> Table:
+    columns = [Column(name="model")]
+    for what in whats:
+        title, meaning = _what(what, synthetic)
+        columns += [
+            Column(name=title, unit="%", meaning=meaning),
+            Column(name="first third", unit="%"), Column(name="last third", unit="%"),
+            Column(name="recency index", unit="points", meaning="last third minus first third"),
+        ]  # fmt: skip
+    if not synthetic:
+        columns.append(
+            Column(name="without needle", unit="%", meaning="the same prompts with no needle: what preference says by itself")
+        )  # fmt: skip
+    rows: list[list[Any]] = []
+    for n in found:
+        row: list[Any] = [n.name]
+        for what in whats:
+            row += [n.accuracy(list(n.cells), what), n.third(False, what), n.third(True, what), n.recency_index(what)]
+        if not synthetic:
+            columns_of = [s.right for s in n.control.values()]
+            row.append(Value.mean([100 * sum(r) / len(r) for r in zip(*columns_of, strict=True)], "%"))
+        rows.append(row)
+    units = "prompts" if synthetic else "statements"
+    return Table(
+        id="needle", title="Needles found", columns=columns, rows=rows,
+        meaning="A model that remembers equally well everywhere has a recency index of 0; one that forgets has a positive one.",
+        method=f"Mean over {units} ± standard error over {units}, each averaged over lengths and depths first.",
+    )  # fmt: skip
+
+
+def _by_depth(found: Sequence[Needle], what: str, synthetic: bool, chance: float) -> Figure:
+    title, meaning = _what(what, synthetic)
+    series = []
+    for n in found:
+        depths = [d for d in n.depths if any((length, d) in n.cells for length in n.lengths)]
+        values = [n.at_depth(d, what) for d in depths]
+        series.append(
+            Series(
+                name=n.name, x=[100 * d for d in depths], y=[v.value for v in values],
+                stderr=[v.stderr or 0.0 for v in values], group=n.name,
+            )
+        )  # fmt: skip
+    if what == "right":
+        ends = [100 * min(found[0].depths), 100 * max(found[0].depths)]
+        series.append(Series(name="guessing", x=ends, y=[chance, chance], style="fit", group="paper"))
+    return Figure(
+        id=f"by-depth-{what}", title=f"By depth: {title}", x_label="depth of the needle (% of the text before it)",
+        y_label=f"{title} (%)", series=series, meaning=f"{meaning} Left: needles at the beginning; right: just before the question.",
+        method="Mean over all lengths; bars are standard errors over "
+        + ("prompts." if synthetic else "statements (the same ones at every depth)."),
+    )  # fmt: skip
+
+
+def _moved(found: Sequence[Needle]) -> Figure:
+    series = []
+    for n in found:
+        values = [n.moved(d) for d in n.depths]
+        series.append(
+            Series(
+                name=n.name, x=[100 * d for d in n.depths], y=[v.value for v in values],
+                stderr=[v.stderr or 0.0 for v in values], group=n.name,
+            )
+        )  # fmt: skip
+    return Figure(
+        id="evidence", title="By depth: what the needle is worth", x_label="depth of the needle (% of the text before it)",
+        y_label="log-odds added by the needle (nats)", series=series,
+        meaning="How far the needle moves the odds of the text's answer against the true one. Zero: it might as well not be there. "
+        "It shows a trace that is too weak to turn an answer.",
+        method="Log-probability of the text's answer minus that of the world's, with the needle minus without it; mean over lengths and statements, "
+        "bars are standard errors over statements.",
+    )  # fmt: skip
+
+
+def _map(found: Sequence[Needle], what: str, synthetic: bool) -> Map:
+    title, meaning = _what(what, synthetic)
+    lengths, depths = found[0].lengths, found[0].depths
+    panels = []
+    for n in found:
+        values = [
+            [
+                100 * sum(row := getattr(n.cells[length, d], what)) / len(row) if (length, d) in n.cells else math.nan
+                for d in depths
+            ]
+            for length in lengths
+        ]
+        panels.append(Panel(name=n.name, group=n.name, values=values))
+    return Map(
+        id=f"map-{what}", title=f"By length and depth: {title}", x_label="depth of the needle (%)", y_label="length (tokens)",
+        unit=f"{title} (%)", x=[f"{100 * d:.0f}" for d in depths], y=[f"{length}" for length in lengths], panels=panels, low=0, high=100,
+        meaning=f"{meaning} One square: one length of text, one depth.",
+        method=f"Share of {len(next(iter(found[0].cells.values())).right)} {'prompts' if synthetic else 'statements'} a square.",
+    )  # fmt: skip

@@ -1,0 +1,240 @@
+"""The needle measurement against models whose answers are known, and its store."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from ssmlens.cli.app import app
+from ssmlens.errors import UserError
+from ssmlens.experiments import needle
+from ssmlens.models import LanguageModel, LanguageModelConfig
+from ssmlens.tasks.facts import FACTS
+from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
+
+TEXT = "One sentence here. Another one, a little longer, follows! And a third? " * 3
+
+
+def encode(text):
+    return list(text.encode())
+
+
+def decode(ids):
+    return bytes(i % 256 for i in ids).decode(errors="replace")
+
+
+def grid(facts=FACTS[:3], shortest=700):
+    return Grid.of(Haystack.of("text", TEXT, encode, shortest), facts, encode)
+
+
+def small(mixer="mamba", **more):
+    torch.manual_seed(0)
+    return LanguageModel(LanguageModelConfig(vocab_size=256, d_model=16, n_layers=2, mixer=mixer, **more)).eval()
+
+
+class Output:
+    def __init__(self, logits, cache):
+        self.logits, self.past_key_values = logits, cache
+
+
+class Oracle(nn.Module):
+    """Reads bytes, remembers the last `reach` of them, and completes what the needle it remembers said (else what the world says)."""
+
+    def __init__(self, facts, reach):
+        super().__init__()
+        self.facts, self.reach = facts, reach
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0):
+        past = past_key_values.rows if past_key_values else [b""] * len(input_ids)
+        rows = [old + bytes(new) for old, new in zip(past, input_ids.tolist(), strict=True)]
+        length = input_ids.shape[1]
+        logits = torch.full((len(rows), length, 256), -5.0)
+        for i, row in enumerate(rows):
+            for t in range(length):
+                read = row[: len(row) - length + t + 1].decode()
+                logits[i, t, self.next(read)] = 5.0
+        return Output(logits[:, -logits_to_keep:] if logits_to_keep else logits, Rows(rows))
+
+    def next(self, read):
+        asked = read.rpartition("Answer: ")[2]
+        for f in self.facts:
+            if asked.startswith(f.cue):
+                answer = f.context if f.needle in read[-self.reach :] else f.world
+                rest = f" {answer}."[len(asked) - len(f.cue) :]
+                return ord(rest[0]) if rest else 0
+        return 0
+
+
+class Rows:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def batch_repeat_interleave(self, count):
+        self.rows = [row for row in self.rows for _ in range(count)]
+
+
+def test_a_model_that_remembers_so_far_back_finds_needles_up_to_there():
+    g, depths = grid(), [0.0, 0.25, 0.5, 0.75, 1.0]
+    n = needle.measure_statements("oracle", Oracle(g.facts, 530), g, decode, [700], depths)
+    assert [sum(n.cells[700, d].right) for d in depths] == [0, 0, 3, 3, 3]
+    assert [sum(n.cells[700, d].generated) for d in depths] == [0, 0, 3, 3, 3]
+    assert n.control[700].right == [0, 0, 0]
+    assert (n.third(False).value, n.third(True).value, n.recency_index().value) == (0.0, 100.0, 100.0)
+    assert n.moved(0.0).value == pytest.approx(0, abs=1e-6)
+    assert n.moved(1.0).value > 10
+    assert "finds needles near the end better" in needle.verdict(n)
+    everywhere = needle.measure_statements("oracle", Oracle(g.facts, 10_000), g, decode, [700], depths)
+    assert everywhere.accuracy(list(everywhere.cells)).value == 100
+    never = needle.measure_statements("oracle", Oracle(g.facts, 1), g, decode, [700], depths)
+    assert "does not answer by the text" in needle.verdict(never)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "attention", "rwkv4", "griffin"])
+def test_shared_prefixes_batches_and_pieces_change_nothing(mixer, monkeypatch):
+    g, model = grid(), small(mixer)
+    one = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5, 1.0], batch_size=3)
+    monkeypatch.setattr(needle, "PIECE", 100)
+    two = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5, 1.0], batch_size=1)
+    for key, scores in one.cells.items():
+        assert torch.allclose(torch.tensor(scores.margin), torch.tensor(two.cells[key].margin), atol=2e-4), key
+        whole = torch.cat([g.haystack.ids[: g.cell(*key).prefix].expand(3, -1), g.cell(*key).rows], 1)
+        for i, (a, b) in enumerate(g.answers):
+            direct = log_probability(model, whole[i], a) - log_probability(model, whole[i], b)
+            assert scores.margin[i] == pytest.approx(direct, abs=2e-4), key
+
+
+@torch.no_grad()
+def log_probability(model, prompt, answer):
+    tokens = torch.cat([prompt, torch.tensor(answer)])[None]
+    logits = model(input_ids=tokens).logits.log_softmax(-1)
+    return float(sum(logits[0, len(prompt) - 1 + i, a] for i, a in enumerate(answer)))
+
+
+def test_a_model_of_transformers_is_measured_the_same_way():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=700, **sizes)).eval()
+    g = grid()
+    n = needle.measure_statements("llama", model, g, decode, [700], [0.0, 0.5])
+    whole = torch.cat([g.haystack.ids[: g.cell(700, 0.5).prefix].expand(3, -1), g.cell(700, 0.5).rows], 1)
+    for i, (a, b) in enumerate(g.answers):
+        direct = log_probability(model, whole[i], a) - log_probability(model, whole[i], b)
+        assert n.cells[700, 0.5].margin[i] == pytest.approx(direct, abs=2e-4)
+    with pytest.raises(UserError, match="at most 700"):
+        needle.measure_statements("llama", model, g, decode, [701], [0.0])
+
+
+def test_generation_is_greedy_and_leaves_the_state_of_the_prompt():
+    model, prompt = small(), torch.arange(40)[None]
+    reader = needle.Reader(model)
+    logits, cache = reader.read(prompt)
+    forked = reader.fork(cache, 2)
+    assert (
+        reader.generate(logits.repeat(2, 1), forked, 6)[0] == model.generate(prompt, max_new_tokens=6)[0, 40:].tolist()
+    )
+    again, _ = reader.read(torch.tensor([[5]]), cache)
+    fresh, _ = reader.read(torch.cat([prompt, torch.tensor([[5]])], 1))
+    assert torch.allclose(again, fresh, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "where"),
+    [("Madrid.", "Madrid", 0), ("in madrid", "Madrid", 3), ("Madrids", "Madrid", -1), ("Romeo Rome", "Rome", 6), ("O", "O", 0), ("No", "O", -1)],
+)  # fmt: skip
+def test_answers_are_found_as_words(said, answer, where):
+    assert needle.names(said, answer) == where
+
+
+def test_the_synthetic_needle_is_scored_by_the_most_probable_token():
+    stream = NeedleStream(NeedleConfig(vocab_size=20, keys=4, lengths=(16,)))
+
+    class Knows(nn.Module):
+        """Finds the value if it is among the last `reach` tokens."""
+
+        def __init__(self, reach):
+            super().__init__()
+            self.reach, self.weight = reach, nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, past_key_values=None, **_):
+            logits = torch.zeros(*input_ids.shape, 20)
+            for i, row in enumerate(input_ids[:, -self.reach :]):
+                value = row[(row >= 4) & (row < 8)]
+                logits[i, -1, value if len(value) else 19] = 1.0
+            return Output(logits, None)
+
+    n = needle.measure_synthetic("knows", Knows(10), stream, [16, 32], [0.0, 0.5, 1.0], prompts=10)
+    assert [sum(n.cells[16, d].right) for d in (0.0, 0.5, 1.0)] == [0, 10, 10]
+    assert [sum(n.cells[32, d].right) for d in (0.0, 0.5, 1.0)] == [0, 0, 10]
+    record = needle.record([n], synthetic=True, config={}, seeds=[0], notes=[], chance=25)
+    assert record.maps[0].panels[0].values == [[0, 100, 100], [0, 0, 100]]
+    assert record.figures[0].series[0].y == [0, 50, 100]
+    assert record.complete
+
+
+def test_finished_cells_are_kept_and_not_measured_again(tmp_path):
+    g, model, read = grid(), small(), []
+    identity = {"model": needle.fingerprint(model)}
+    store = needle.Store(tmp_path / "cells.json", identity)
+    part = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5], store=store)
+    store = needle.Store(tmp_path / "cells.json", identity, resume=True)
+    whole = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5, 1.0], store=store, advance=read.append)
+    assert {k: whole.cells[k] for k in part.cells} == part.cells
+    assert sum(read) == g.cell(700, 1.0).prefix + g.cell(700, 1.0).rows.numel()
+    with pytest.raises(UserError, match="--resume"):
+        needle.Store(tmp_path / "cells.json", identity)
+    with pytest.raises(UserError, match="model differ"):
+        needle.Store(tmp_path / "cells.json", {"model": "other"}, resume=True)
+    (tmp_path / "cells.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        needle.Store(tmp_path / "cells.json", identity, resume=True)
+
+
+def test_the_command_line_measures_several_models_on_one_page(tmp_path):
+    for name, mixer in (("a", "mamba"), ("b", "gla")):
+        small(mixer).save_pretrained(tmp_path / name)
+    out = tmp_path / "out"
+    arguments = [
+        "needle",
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+        "--lengths",
+        "450",
+        "--depths",
+        "3",
+        "--out",
+        str(out),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    tree = json.loads((out / "results.json").read_text())
+    assert tree["complete"]
+    assert [p["name"] for p in tree["maps"][0]["panels"]] == ["a", "b"]
+    assert len(tree["verdict"]) == 2
+    assert "By length and depth" in (out / "report.html").read_text()
+
+
+def test_a_model_trained_on_the_synthetic_needle_is_recognised(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        '[model]\nvocab_size = 20\nd_model = 8\nn_layers = 1\n[data]\ntask = "needle"\nvocab_size = 20\nkeys = 4\nlengths = [8, 16]\n'
+        "batch_size = 4\n[training]\nsteps = 3\nlr = 1e-3\n"
+    )
+    assert CliRunner().invoke(app, ["train", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")]).exit_code == 0
+    arguments = [
+        "needle",
+        str(tmp_path / "run" / "model"),
+        "--depths",
+        "3",
+        "--prompts",
+        "8",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    tree = json.loads(result.stdout)
+    assert tree["config"]["lengths"] == [8, 16, 32, 64]
+    assert any("longer than any in training" in note for note in tree["notes"])

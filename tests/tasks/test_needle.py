@@ -1,0 +1,114 @@
+"""Needles: where they stand, that prompts have the length asked for, that the synthetic stream is what it says."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssmlens.errors import UserError
+from ssmlens.tasks import stream_of
+from ssmlens.tasks.facts import FACTS
+from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
+
+TEXT = "One sentence here. Another one, a little longer, follows! And a third? " * 3
+
+
+def encode(text):
+    return list(text.encode())
+
+
+def grid(shortest=2000, facts=FACTS[:5]):
+    return Grid.of(Haystack.of("text", TEXT, encode, shortest), facts, encode)
+
+
+def test_there_are_enough_facts_of_several_kinds_and_none_is_ambiguous():
+    assert len(FACTS) >= 40
+    assert len({f.kind for f in FACTS}) >= 5
+    assert len({f.question for f in FACTS}) == len(FACTS)
+    for f in FACTS:
+        assert f.world.lower() != f.context.lower()
+        assert f.needle == f"{f.cue} {f.context}."
+        assert f.world not in f.needle.split(f.cue)[1]
+
+
+@given(st.integers(600, 1500), st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]))
+def test_a_prompt_is_the_haystack_with_the_needle_at_a_sentence_end_and_has_its_length(length, depth):
+    g = grid()
+    cell = g.cell(length, depth)
+    for i, row in enumerate(cell.rows.tolist()):
+        whole = g.haystack.ids[: cell.prefix].tolist() + row
+        assert len(whole) == length
+        text = bytes(whole).decode()
+        fact = g.facts[i]
+        assert text.count(fact.needle) == 1
+        assert text.endswith(f"{fact.question}\nAnswer: {fact.cue}")
+        before = text[: text.index(fact.needle)].rstrip()
+        assert before == "" or before[-1] in ".!?"
+    assert cell.prefix <= depth * length
+
+
+def test_depth_zero_is_the_beginning_and_one_is_right_before_the_question():
+    g = grid()
+    assert g.cell(900, 0.0).prefix == 0
+    last = bytes(g.cell(900, 1.0).rows[0].tolist()).decode()
+    between = last[last.index(g.facts[0].needle) + len(g.facts[0].needle) : last.index("\n\nUsing only")]
+    assert len(between) <= 60  # less than a sentence and what the longest needle needs more
+
+
+def test_the_control_differs_by_the_needle_alone():
+    g = grid()
+    control = bytes(g.cell(900, 0.0, control=True).rows[0].tolist()).decode()
+    assert g.facts[0].needle not in control
+    assert control.endswith(g.facts[0].cue)
+    assert len(control.encode()) == 900
+
+
+def test_a_short_text_is_repeated_and_says_so():
+    haystack = Haystack.of("text", TEXT, encode, 5000)
+    assert haystack.repeated == -(-5000 // len(TEXT.rstrip()))
+    assert len(haystack.ids) >= 5000
+    assert (haystack.ends.diff() > 0).all()
+
+
+def test_bad_requests_are_named():
+    with pytest.raises(UserError, match="no sentence"):
+        Haystack.of("empty", " \n ", encode, 10)
+    with pytest.raises(UserError, match="too short"):
+        grid().cell(200, 0.5)
+    with pytest.raises(UserError, match="no room for 16 keys"):
+        NeedleConfig.of({"vocab_size": 20}, "data")
+    with pytest.raises(UserError, match="at least 4"):
+        NeedleConfig.of({"lengths": [3]}, "data")
+    with pytest.raises(UserError, match="did you mean"):
+        stream_of({"task": "needl"})
+
+
+@given(st.integers(4, 70), st.one_of(st.none(), st.floats(0, 1)))
+def test_a_synthetic_prompt_holds_one_pair_and_asks_for_it(length, depth):
+    c = NeedleConfig(lengths=(length,), keys=4, vocab_size=20)
+    tokens, targets, _ = NeedleStream(c).draw(6, length, depth, (0, 9))
+    assert tokens.shape == (6, length) == targets.shape
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        keys = [i for i, t in enumerate(row) if t < 4]
+        values = [i for i, t in enumerate(row) if 4 <= t < 8]
+        assert len(values) == 1
+        assert keys == [values[0] - 1, length - 1]
+        assert row[keys[0]] == row[-1]
+        assert wanted == [-100] * (length - 1) + [row[values[0]]]
+        if depth is not None:
+            assert keys[0] == round(depth * (length - 3))
+
+
+def test_the_synthetic_stream_is_seeded_varied_and_its_splits_apart():
+    c = NeedleConfig(lengths=(8, 16), batch_size=4)
+    a, b = NeedleStream(c), NeedleStream(c)
+    assert torch.equal(a.batch(3).tokens, b.batch(3).tokens)
+    assert not torch.equal(a.batch(1).tokens, a.batch(3).tokens)
+    assert [a.batch(i).tokens.shape for i in range(3)] == [(8, 8), (4, 16), (8, 8)]
+    drawn = [a.batch(1).tokens, next(a.validation()).tokens, a.test(4, 16, 0.5).tokens]
+    assert not any(torch.equal(x, y) for i, x in enumerate(drawn) for y in drawn[:i])
+    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(a.validation(), b.validation(), strict=True))
+    where = (a.draw(4000, 16, None, (0, 9)).tokens[:, :-1] < c.keys).float().mean(0)[:14]
+    assert (where - 1 / 14).abs().max() < 0.03  # uniform: one of 14 places each
+    other = NeedleStream(c.model_copy(update={"seed": 1}))
+    assert not torch.equal(a.batch(1).tokens, other.batch(1).tokens)
