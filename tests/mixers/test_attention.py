@@ -2,9 +2,11 @@ import pytest
 import torch
 from cases import close
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmlens import mixers
 from ssmlens.errors import UserError
+from ssmlens.mixers import attention
 from ssmlens.polarization import Polarization
 
 FORMS = {
@@ -59,6 +61,13 @@ def written_out(m, x):
     return m.o_proj(out.flatten(2)).detach()
 
 
+@pytest.fixture(params=[attention.BLOCK, 4], ids=["whole", "blocks"])
+def _blocks(request, monkeypatch):
+    """Inputs as short as these, in one block of queries or in several."""
+    monkeypatch.setattr(attention, "BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("form", FORMS)
 def test_agrees_with_the_written_out_sum(form):
     m, x = build(**FORMS[form]), tokens()
@@ -67,6 +76,7 @@ def test_agrees_with_the_written_out_sum(form):
     close(m(x.float())[0], written_out(m.double(), x), torch.float32)
 
 
+@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_resets_and_cache_together(form):
     """Packed sequences behind padding of different lengths, in uneven pieces."""
@@ -116,6 +126,68 @@ def test_agrees_with_transformers_llama_attention():
     close(ours(x)[0], want, torch.float32, slack=0.5)  # 1e-5
     first, state = ours(x[:, :33])
     close(torch.cat([first, ours(x[:, 33:], state)[0]], 1), want, torch.float32, slack=0.5)
+
+
+def test_agrees_with_transformers_sliding_window():
+    transformers = pytest.importorskip("transformers")
+    from transformers.masking_utils import create_sliding_window_causal_mask
+    from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
+
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=8, sliding_window=70, attn_implementation="eager"
+    )  # fmt: skip
+    theirs = MistralAttention(config, layer_idx=0)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    ours = mixers.build("attention", 48, n_heads=6, n_kv_heads=2, d_head=8, window=70)
+    ours.load_state_dict(theirs.state_dict())
+    x, at = torch.randn(2, 300, 48), torch.arange(300)[None]
+    mask = create_sliding_window_causal_mask(
+        config=config, inputs_embeds=x, attention_mask=None, past_key_values=None, position_ids=at
+    )
+    want = theirs(x, position_embeddings=MistralRotaryEmbedding(config)(x, at), attention_mask=mask)[0]
+    close(ours(x)[0], want, torch.float32, slack=0.5)  # 1e-5
+    first, state = ours(x[:, :133])
+    close(torch.cat([first, ours(x[:, 133:], state)[0]], 1), want, torch.float32, slack=0.5)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one array has while this is active."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.most = max(self.most, x.untyped_storage().nbytes() // x.element_size() if x._base is None else 0)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("window", "flags"), [(3, False), (3, True), (100, False), (100, True), (None, True)],
+    ids=["3", "3 packed", "100", "100 packed", "packed"],
+)  # fmt: skip
+def test_memory_of_a_window_and_of_short_sequences_is_linear_in_length(window, flags):
+    """What is kept for the backward pass grows with length, and no array has the size of length²."""
+    m = build(16, torch.float32, n_heads=2, window=window)
+    kept = {}
+    for length in (1024, 2048):
+        x = torch.randn(1, length, 16, requires_grad=True)
+        mask = torch.arange(length) >= 5
+        given = {"mask": mask[None], "reset": (torch.arange(length) % 100 == 5)[None]} if flags else {}
+        sizes = {}
+
+        def pack(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), Largest() as largest:
+            m(x, **given)[0].sum().backward()
+        kept[length] = sum(sizes.values())
+        assert largest.most < length**2 / 8
+    assert kept[2048] < 2.2 * kept[1024]
 
 
 def test_rope_depends_on_distance_alone():

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from cases import close
 from torch.nn import functional as F
@@ -58,6 +59,18 @@ def test_authors_initialisation():
     assert 0.99 * bound < m.k_proj.weight.abs().max() <= bound
     bound = 2**-2.5 * (6 / (256 + 256)) ** 0.5 / 2
     assert 0.99 * bound < m.out_proj.weight.abs().max() <= bound
+    own = mixers.build("gla", 256)  # by itself, without the model's 1/√n_residuals
+    for linear in (
+        m.q_proj,
+        m.v_proj,
+        m.g_proj,
+        m.gate_down,
+        m.gate_up,
+        own.out_proj,
+    ):  # uniform: std = gain √(2 / (in + out))
+        assert linear.weight.std().item() == pytest.approx(2**-2.5 * (2 / sum(linear.weight.shape)) ** 0.5, rel=0.03)
+    assert not m.gate_up.bias.any()
+    assert (m.norm_weight == 1).all()
     a = m.coefficients(torch.randn(1, 50, 256)).a
     assert abs(a.mean() - 0.5 ** (1 / 16)) < 0.001
     assert m.config.gate_rank == 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import close
 
-from ssmlens import mixers
+from ssmlens import mixers, ops
 from ssmlens.errors import UserError
 from ssmlens.polarization import Polarization
 
@@ -48,6 +48,14 @@ def written_out(m, x):
     return m.output_linear(y).detach()
 
 
+@pytest.fixture(params=["auto", "chunked"])
+def _backend(request, monkeypatch):
+    """On a CPU the scan takes the place of the FFT convolution; "chunked" is what runs where there is no such kernel."""
+    if request.param != "auto":
+        monkeypatch.setattr(ops, "backend_for", lambda *_: request.param)
+
+
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("d_head", [1, 2, 3])
 @pytest.mark.parametrize("polarization", [None, Polarization(ones=2, zeros=1)])
 def test_agrees_with_the_written_out_convolutions(polarization, d_head):
@@ -68,6 +76,7 @@ def test_agrees_with_the_written_out_convolutions(polarization, d_head):
     close(m(x.float())[0], want, torch.float32)
 
 
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("d_head", [1, 3])
 def test_padding_resets_and_a_carried_state_in_heads(d_head):
     m = build(polarization=Polarization(), d_head=d_head)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from cases import close
 from torch.nn import functional as F
 
 from ssmlens import mixers
@@ -70,19 +71,68 @@ def test_gradient_to_the_step_size_is_as_without_the_pinned_channels():
     assert g is None or not g.any()
 
 
-def test_mamba_agrees_with_transformers_layer():
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    torch.manual_seed(0)
-    theirs = MambaMixer(transformers.MambaConfig(hidden_size=24, num_hidden_layers=1), layer_idx=0)
-    ours = mixers.build("mamba", 24)
-    state = {
-        k.replace("conv1d.weight", "conv_weight").replace("conv1d.bias", "conv_bias"): v
-        for k, v in theirs.state_dict().items()
+def as_ours(state):
+    """A mixer of transformers → ours."""
+    names = {"conv1d.weight": "conv_weight", "conv1d.bias": "conv_bias"} | {
+        f"{theirs}_layernorm.weight": f"{ours}_norm_weight" for theirs, ours in (("dt", "dt"), ("b", "B"), ("c", "C"))
     }
-    state["conv_weight"] = state["conv_weight"].squeeze(1)
-    ours.load_state_dict(state)
+    return {names.get(n, n): p.squeeze(1) if n == "conv1d.weight" else p for n, p in state.items()}
+
+
+def theirs(family):
+    """A mixer of transformers with random weights, everywhere away from its start, and the configuration that ours then has."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if family == "mamba":
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        mixer, ours = MambaMixer(transformers.MambaConfig(hidden_size=24, num_hidden_layers=1), layer_idx=0), {}
+    elif family == "falcon_mamba":
+        from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+
+        config = transformers.FalconMambaConfig(hidden_size=24, num_hidden_layers=1, mixer_rms_eps=1e-3)
+        mixer = FalconMambaMixer(config, layer_idx=0, initialize_mixer_weights=False)
+        mixer.init_falcon_mamba_weights()  # which its constructor calls too early for a mixer by itself
+        ours = {"bcdt_norm": "plain", "bcdt_eps": 1e-3}
+    else:
+        from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+
+        config = transformers.JambaConfig(hidden_size=24, num_hidden_layers=1, mamba_dt_rank=2, rms_norm_eps=1e-3)
+        mixer, ours = JambaMambaMixer(config, layer_idx=0), {"bcdt_norm": "weighted", "bcdt_eps": 1e-3}
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return mixer.eval(), ours
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
+def test_agrees_with_transformers_layer(family):
+    layer, config = theirs(family)
+    ours = mixers.build("mamba", 24, **config)
+    ours.load_state_dict(as_ours(layer.state_dict()))
     x = torch.randn(2, 60, 24)
-    want = theirs(x)
-    assert (ours(x)[0] - want).abs().max() <= 1e-5 * want.abs().max()
+    with torch.no_grad():
+        want, (got, _) = layer(x), ours(x)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted"])
+def test_an_unread_pinned_channel_changes_nothing_under_the_norms(kind):
+    """Their mean is over learned state channels alone, so that a trained layer can be polarized."""
+    torch.manual_seed(0)
+    plain = mixers.build("mamba", 8, bcdt_norm=kind, d_state=4).double()
+    more = mixers.build("mamba", 8, bcdt_norm=kind, d_state=4, polarization=Polarization()).double()
+    rank = plain.dt_rank
+    B, C = (torch.arange(rank + i * 6 + 1, rank + i * 6 + 5) for i in range(2))
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            if name in ("B_norm_weight", "C_norm_weight"):
+                more.get_parameter(name)[1:-1] = p.uniform_(0.5, 2)
+            elif name != "x_proj.weight":
+                more.get_parameter(name).copy_(p)
+        more.x_proj.weight[torch.cat([torch.arange(rank), B, C])] = plain.x_proj.weight
+        more.x_proj.weight[[rank + 6, rank + 11]] = 0  # C of the pinned ones
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    close(more(x)[0], plain(x)[0], torch.float64)
+    c = more.coefficients(x)
+    assert (c.u[..., c.ones | c.zeros].abs().amax((0, 1)) > 0).all(), "written to all the same"

@@ -15,28 +15,84 @@ def build(d_model=12, **config):
     return mixers.build("mamba2", d_model, **{"d_state": 5, "d_head": 4, **config}).double()
 
 
-@pytest.mark.parametrize("n_groups", [1, 2])
-def test_agrees_with_transformers_layer(n_groups):
+def theirs(family, n_groups):
+    """A mixer of transformers with random weights, and the configuration that ours then has; all of width 24, 6 heads of 8."""
     transformers = pytest.importorskip("transformers")
-    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
-
     torch.manual_seed(0)
-    config = transformers.Mamba2Config(
-        hidden_size=24, num_heads=6, head_dim=8, state_size=10, n_groups=n_groups, num_hidden_layers=1, chunk_size=16
-    )
-    theirs = Mamba2Mixer(config, layer_idx=0).eval()
+    hybrid = {
+        "hidden_size": 24, "num_hidden_layers": 1, "mamba_n_heads": 6, "mamba_d_head": 8, "mamba_d_state": 10, "mamba_n_groups": n_groups,
+        "mamba_chunk_size": 16, "rms_norm_eps": 1e-3,
+    }  # fmt: skip
+    config = {"d_head": 8, "d_state": 10, "n_groups": n_groups, "norm_eps": 1e-3}
+    if family == "mamba2":
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+        c = transformers.Mamba2Config(
+            hidden_size=24, num_heads=6, head_dim=8, state_size=10, n_groups=n_groups, num_hidden_layers=1, chunk_size=16,
+            layer_norm_epsilon=1e-3, time_step_limit=(0.01, 0.05),
+        )  # fmt: skip
+        return Mamba2Mixer(c, layer_idx=0), config | {"dt_lower": 0.01, "dt_upper": 0.05}
+    if family == "bamba":
+        from transformers.models.bamba.modeling_bamba import BambaMixer
+
+        return BambaMixer(transformers.BambaConfig(**hybrid), layer_idx=0), config
+    if family == "granite":
+        from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+
+        return GraniteMoeHybridMambaLayer(
+            transformers.GraniteMoeHybridConfig(**hybrid, layer_types=["mamba"]), layer_idx=0
+        ), config
+    if family.startswith("falcon_h1"):
+        from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1Mixer, compute_mup_vector
+
+        norm = family == "falcon_h1"
+        c = transformers.FalconH1Config(**hybrid, mamba_rms_norm=norm, mamba_norm_before_gate=False, mamba_d_ssm=48)
+        mixer = FalconH1Mixer(c, layer_idx=0)
+        mixer.mup_vector = compute_mup_vector(
+            c
+        )  # their multipliers, all one here: a checkpoint's belong into its projection
+        return mixer, config | {"gated_norm": norm}
+    if family == "zamba2":
+        from transformers.models.zamba2.modeling_zamba2 import Zamba2MambaMixer
+
+        c = transformers.Zamba2Config(
+            hidden_size=24, num_hidden_layers=1, mamba_expand=2, n_mamba_heads=6, mamba_headdim=8, mamba_d_state=10, mamba_ngroups=n_groups,
+            chunk_size=16, time_step_min=0.01, layers_block_type=["mamba"],
+        )  # fmt: skip
+        return Zamba2MambaMixer(c, layer_idx=0), config | {"dt_lower": 0.01, "norm_eps": 1e-5}
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+    c = transformers.NemotronHConfig(
+        hidden_size=24, mamba_num_heads=6, mamba_head_dim=8, ssm_state_size=10, n_groups=n_groups, chunk_size=16, layer_norm_epsilon=1e-3,
+        layers_block_type=["mamba"], time_step_min=0.01,
+    )  # fmt: skip
+    return NemotronHMamba2Mixer(c, layer_idx=0), config | {"dt_lower": 0.01}
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+@pytest.mark.parametrize(
+    "family", ["mamba2", "bamba", "granite", "falcon_h1", "falcon_h1 without norm", "zamba2", "nemotron_h"]
+)
+def test_agrees_with_transformers_layer(family, n_groups):
+    layer, config = theirs(family, n_groups)
+    ours = mixers.build("mamba2", 24, **config)
     with torch.no_grad():
-        theirs.norm.weight.uniform_(0.5, 2)
-        theirs.D.uniform_(-1, 1)
-    ours = mixers.build("mamba2", 24, d_head=8, d_state=10, n_groups=n_groups)
+        for p in layer.parameters():
+            p += 0.2 * torch.randn_like(p)
+        layer.dt_bias.uniform_(-6, -1)
     names = {"conv1d.weight": "conv_weight", "conv1d.bias": "conv_bias", "norm.weight": "norm_weight"}
-    state = {names.get(k, k): v for k, v in theirs.state_dict().items()}
+    state = {names.get(k, k): v for k, v in layer.state_dict().items() if names.get(k, k) in ours.state_dict()}
     state["conv_weight"] = state["conv_weight"].squeeze(1)
-    state["norm_weight"] = state["norm_weight"].view(6, 8)
+    if "norm_weight" in state:
+        state["norm_weight"] = state["norm_weight"].view(6, 8)
     ours.load_state_dict(state)
     x = torch.randn(2, 60, 24)
-    want = theirs(x)
-    assert (ours(x)[0] - want).abs().max() <= 1e-5 * want.abs().max()
+    with torch.no_grad():
+        want, (got, _) = layer.eval()(x), ours(x)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    if config.get("dt_lower"):
+        dt = ours.coefficients(x).dt.detach()
+        assert dt.min().item() == pytest.approx(0.01), "the limit was met"
 
 
 def test_authors_initialisation():

@@ -90,6 +90,15 @@ def test_authors_initialisation():
     assert (m.n_heads, m.d_key, m.d_value) == (8, 64, 128)
     bound = 2**-2.5 * (6 / (512 + 512)) ** 0.5
     assert 0.99 * bound < m.q_proj.weight.abs().max() <= bound
+    own = mixers.build("retnet", 512)  # by itself, without the model's 1/√n_residuals
+    for linear, gain in (
+        (m.q_proj, 2**-2.5),
+        (m.k_proj, 2**-2.5),
+        (m.v_proj, 2**-2.5),
+        (m.g_proj, 2**-2.5),
+        (own.out_proj, 0.5),
+    ):
+        assert linear.weight.std().item() == pytest.approx(gain * (2 / sum(linear.weight.shape)) ** 0.5, rel=0.01)
     bound = 2**-1 * (6 / (512 + 1024)) ** 0.5 / 2
     assert 0.99 * bound < m.out_proj.weight.abs().max() <= bound
 

@@ -99,7 +99,8 @@ def test_authors_initialisation():
         close(m.time_mix_key, part ** (1 - i / 3), torch.float32)
         close(m.time_mix_value, part ** (1 - i / 3) + 0.3 * i / 2, torch.float32)
         close(m.time_mix_receptance, part ** (0.5 * (1 - i / 3)), torch.float32)
-    assert build(8, width=32, start=True).value.weight.shape == (32, 8)
+    wide = build(8, width=32, start=True).value.weight  # more rows than columns: gain √(rows / columns)
+    close(wide.T @ wide, 4 * torch.eye(8), torch.float32)
 
 
 def test_append_and_replace():

@@ -136,6 +136,8 @@ def test_pinned_channels_are_exact_and_alive():
         optimizer.zero_grad()
         m(tokens(dtype=torch.float32))[0].pow(2).mean().backward()
         assert (m.kernel.C_pinned.grad.abs() > 0).all()
+        (g,) = torch.autograd.grad(m(tokens(dtype=torch.float32))[1].h[..., -3:].pow(2).sum(), m.kernel.log_dt)
+        assert (g.abs() > 0).all(), "Δ is the weight of their input"
         optimizer.step()
     A, B, _ = m.kernel.discrete()
     block = A[:, -3:]
@@ -168,6 +170,34 @@ def test_a_carried_state_with_padding_and_with_resets():
     y, _ = m(more, state, reset=reset)
     close(y[1], want[1, 40:], torch.float64)
     close(y[0, 3:], m(more[:1, 3:])[0][0], torch.float64)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_packed_sequences_longer_and_shorter_than_a_chunk(carried):
+    m = build(polarization=Polarization(), d_state=8)
+    rows = [[70, 1, 64, 65, 3], [203], [1, 1, 128, 73]]
+    x = tokens(3, 203).requires_grad_()
+    reset = torch.zeros(3, 203, dtype=torch.bool)
+    for flags, lengths in zip(reset, rows, strict=True):
+        flags[torch.tensor(lengths)[:-1].cumsum(0)] = True
+    reset[2, 0] = True
+    before = m(tokens(3, 9))[1] if carried else None
+    y, last = m(x, before, reset=reset)
+    wanted, ends = [], []
+    for i, lengths in enumerate(rows):
+        state = before._replace(h=before.h[i : i + 1]) if carried and i < 2 else None
+        for part in x[i : i + 1].split(lengths, 1):
+            out, state = m(part, state)
+            wanted.append(out[0])
+            end, state = state.h, None
+        ends.append(end)
+    want = torch.cat(wanted).view_as(y)
+    close(y, want, torch.float64)
+    close(last.h, torch.cat(ends), torch.float64)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
+    got, ref = (torch.autograd.grad((out * weight).sum(), [x, m.kernel.P], retain_graph=True) for out in (y, want))
+    for g, r in zip(got, ref, strict=True):
+        close(g, r, torch.float64, slack=10)
 
 
 def test_runs_in_bfloat16_with_a_float32_state():

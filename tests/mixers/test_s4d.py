@@ -7,7 +7,7 @@ from cases import close
 from scipy.signal import cont2discrete
 from torch.nn import functional as F
 
-from ssmlens import mixers
+from ssmlens import mixers, ops
 from ssmlens.errors import UserError
 from ssmlens.polarization import Polarization
 
@@ -53,6 +53,14 @@ def written_out(m, x):
     return left * torch.sigmoid(gate)
 
 
+@pytest.fixture(params=["auto", "chunked"])
+def _backend(request, monkeypatch):
+    """On a CPU the scan takes the place of the FFT convolution; "chunked" is what runs where there is no such kernel."""
+    if request.param != "auto":
+        monkeypatch.setattr(ops, "backend_for", lambda *_: request.param)
+
+
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("polarization", [None, Polarization(ones=2, zeros=1)])
 @pytest.mark.parametrize("initialization", INITIALIZATIONS)
 def test_agrees_with_the_written_out_convolution(initialization, polarization):
@@ -143,6 +151,7 @@ def test_pinned_channels_are_written_with_the_step_size_and_read_with_their_own_
     close(m(x)[0], plain(x)[0], torch.float64)
 
 
+@pytest.mark.usefixtures("_backend")
 @pytest.mark.parametrize("initialization", ["lin", "real"])
 def test_a_carried_state_with_padding_and_with_resets(initialization):
     """Padding that reaches into the second call leaves no trace, and a reset in it forgets the first call."""

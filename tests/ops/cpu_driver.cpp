@@ -8,6 +8,7 @@
 #include "causal_conv1d.h"
 #include "exponentials.h"
 #include "linear_scan.h"
+#include "rms_norm.h"
 #include "rwkv4.h"
 #include "selective_scan.h"
 
@@ -190,44 +191,65 @@ template <class T, bool is_complex> void selective(const Shape& shape) {
   }
 }
 
-template <class T> void linear(int64_t batch, int64_t length, int64_t d, int64_t probes, Format format) {
-  const Stored<T> a(batch * length * d, format, number), u(batch * length * d, format, number);
-  const auto h0 = random_vector<T>(batch * d);
-  Stored<T> h(batch * length * d, format, number);
-  const LinearScan<T> s{batch, length, d, a.rows(length, d), u.rows(length, d), {}, h0.data()};
-  std::vector<T> last(batch * d), saved(batch * s.chunks() * d);
+template <class T, bool is_complex = false> void linear(int64_t batch, int64_t length, int64_t d, int64_t probes, Format format) {
+  using Scan = LinearScan<T, is_complex>;
+  using K = typename Scan::K;
+  const int64_t parts = Scan::parts, row = d * parts, numbers = batch * length * d;
+  const auto random_numbers = [](int64_t size) {
+    std::vector<K> v(size);
+    for (K& k : v) k = random_like(k);
+    return v;
+  };
+  const auto at = [&](const Stored<T>& rows, int64_t k) {
+    return std::complex<T>(rows.values[k * parts], is_complex ? rows.values[k * parts + parts - 1] : T(0));
+  };
+  const Stored<T> a(numbers * parts, format, [] { return T(0.7) * random_number<T>(); }), u(numbers * parts, format, number);
+  const auto h0 = random_numbers(batch * d);
+  Stored<T> h(numbers * parts, format, number);
+  const Scan s{batch, length, d, a.rows(length, row), u.rows(length, row), {}, h0.data()};
+  std::vector<K> last(batch * d), saved(batch * s.chunks() * d);
   most_units = 0;
-  s.forward(h.out(length, d), last.data(), saved.data(), parallel);
+  s.forward(h.out(length, row), last.data(), saved.data(), parallel);
   if (most_units < batch * s.blocks()) std::puts("linear_scan is not parallel over blocks"), std::exit(1);
   h.load();
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < d; ++i) {
-      T state = h0[b * d + i];
+      std::complex<T> state = standard(h0[b * d + i]);
       for (int64_t t = 0; t < length; ++t) {
-        const int64_t at = (b * length + t) * d + i;
-        state = a.values[at] * state + u.values[at];
-        expect("linear_scan", h.values[at], state, format == Format::full ? 0 : 5e-3);
+        const int64_t k = (b * length + t) * d + i;
+        state = at(a, k) * state + at(u, k);
+        expect("linear_scan", at(h, k).real(), state.real(), format == Format::full ? 0 : 5e-3);
+        expect("linear_scan", at(h, k).imag(), state.imag());
       }
-      expect("last state of linear_scan", last[b * d + i], state);
+      expect("last state of linear_scan", standard(last[b * d + i]).real(), state.real());
+      expect("last state of linear_scan", standard(last[b * d + i]).imag(), state.imag());
     }
-  const Stored<T> dh(probes * batch * length * d, format, number);
-  const auto dlast = random_vector<T>(probes * batch * d);
-  Stored<T> da(probes * batch * length * d, format, number), du = da;
-  std::vector<T> dh0(probes * batch * d);
-  s.backward({probes * batch, dh.rows(length, d), dlast.data(), saved.data(), da.out(length, d), du.out(length, d), dh0.data()},
+  const Stored<T> dh(probes * numbers * parts, format, number);
+  const auto dlast = random_numbers(probes * batch * d);
+  Stored<T> da(probes * numbers * parts, format, number), du = da;
+  std::vector<K> dh0(probes * batch * d);
+  s.backward({probes * batch, dh.rows(length, row), dlast.data(), saved.data(), da.out(length, row), du.out(length, row), dh0.data()},
              parallel);
-  du.load();
+  da.load(), du.load();
   for (int64_t p = 0; format == Format::full && p < probes; ++p) {
-    double left = 0, right = 0;
-    for (size_t k = 0; k < h.values.size(); ++k) {
-      left += double(dh.values[p * h.values.size() + k]) * h.values[k];
-      right += double(du.values[p * h.values.size() + k]) * u.values[k];
+    double left = 0, right = 0, in_a = 0, in_a_wanted = 0;
+    const size_t size = h.values.size();
+    for (size_t k = 0; k < size; ++k) {
+      left += double(dh.values[p * size + k]) * h.values[k];
+      right += double(du.values[p * size + k]) * u.values[k];
     }
     for (size_t k = 0; k < h0.size(); ++k) {
-      left += double(dlast[p * h0.size() + k]) * last[k];
-      right += double(dh0[p * h0.size() + k]) * h0[k];
+      left += inner(dlast[p * h0.size() + k], last[k]);
+      right += inner(dh0[p * h0.size() + k], h0[k]);
     }
     expect("adjoint of linear_scan", T(right), T(left));
+    for (int64_t k = 0; k < numbers; ++k) {  // da_t = du_t conj(h_{t-1}), all together times a
+      const int64_t t = k / d % length;
+      const std::complex<T> before = t ? at(h, k - d) : standard(h0[k / (d * length) * d + k % d]);
+      in_a += (at(da, p * numbers + k) * std::conj(at(a, k))).real();
+      in_a_wanted += (at(du, p * numbers + k) * std::conj(before) * std::conj(at(a, k))).real();
+    }
+    expect("gradient to a", T(in_a), T(in_a_wanted));
   }
 }
 
@@ -281,7 +303,7 @@ template <class T> void rwkv4(int64_t batch, int64_t length, int64_t d, int64_t 
     for (size_t i = 0; i < k.values.size(); i += 5) k.values[i] = -std::numeric_limits<T>::infinity();
   k.store();
   auto w = random_vector<T>(d), u = random_vector<T>(d), p0 = random_vector<T>(batch * d), s0 = p0, m0 = p0;
-  for (T& value : w) value = !all && value > T(0.9) ? std::numeric_limits<T>::infinity() : std::abs(value);
+  for (T& value : w) value = value > T(0.9) ? std::numeric_limits<T>::infinity() : std::abs(value);
   for (T& value : s0) value = std::abs(value);
   std::vector<char> flags(batch * length);
   for (char& f : flags) f = std::rand() % 7 == 0;
@@ -322,6 +344,36 @@ template <class T> void rwkv4(int64_t batch, int64_t length, int64_t d, int64_t 
   for (T value : dw) expect("finite", value - value, T(0));
 }
 
+template <class T> void norm(int64_t batch, int64_t length, int64_t d, int64_t probes, bool weighted, Format format) {
+  const Stored<T> x(batch * length * d, format, number), dy(probes * batch * length * d, format, number);
+  const auto weight = random_vector<T>(d);
+  const RmsNorm<T> n{batch, length, d, x.rows(length, d), weighted ? weight.data() : nullptr, T(0.01)};
+  Stored<T> y(batch * length * d, format, number), dx(probes * batch * length * d, format, number);
+  std::vector<T> inverse(batch * length), dweight(probes * d);
+  std::vector<double> dweight_wanted(probes * d);
+  n.forward(y.out(length, d), inverse.data(), parallel);
+  n.backward({probes * batch, probes, dy.rows(length, d), inverse.data(), dx.out(length, d), weighted ? dweight.data() : nullptr},
+             parallel);
+  y.load(), dx.load();
+  const double rounded = format == Format::full ? 0 : 5e-3;
+  for (int64_t row = 0; row < probes * batch * length; ++row) {
+    const T* const from = &x.values[row % (batch * length) * d];
+    double power = 0.01, inner = 0;
+    for (int64_t i = 0; i < d; ++i) power += double(from[i]) * from[i] / double(d);
+    const double r = 1 / std::sqrt(power);
+    for (int64_t i = 0; i < d; ++i) {
+      inner += double(dy.values[row * d + i]) * (weighted ? weight[i] : 1) * from[i] / double(d);
+      dweight_wanted[row / (batch * length) * d + i] += double(dy.values[row * d + i]) * from[i] * r;
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      const double w = weighted ? weight[i] : 1;
+      if (row < batch * length) expect("rms_norm", y.values[row * d + i], T(w * from[i] * r), rounded);
+      expect("gradient of rms_norm", dx.values[row * d + i], T(w * dy.values[row * d + i] * r - from[i] * r * r * r * inner), rounded);
+    }
+  }
+  for (size_t k = 0; weighted && k < dweight.size(); ++k) expect("its weight", dweight[k], T(dweight_wanted[k]));
+}
+
 template <class T> void floor_of_the_scan(int64_t batch, int64_t length, int64_t d, int64_t n) {
   const Stored<T> dt(batch * length * d, Format::full, positive);
   auto A = random_vector<T>(d * n);
@@ -353,12 +405,16 @@ template <class T> void all() {
         selective<T, true>(mixed), selective<T, true>(varying);
         floor_of_the_scan<T>(2, length, d, n);
       }
-  for (int64_t d : {1, 7, 64, 300}) linear<T>(3, 1 + d % 70, d, 1 + d % 2, format());
+  for (int64_t d : {1, 7, 64, 300})
+    linear<T>(3, 1 + d % 70, d, 1 + d % 2, format()), linear<T, true>(3, 1 + d % 70, d, 1 + d % 2, Format::full);
   for (int64_t d : {1, 7, 64, 300})
     for (int64_t width : {1, 2, 4})
       convolution<T>(2, 1 + d % 50, d, width, 1 + d % 2, format()), convolution<T>(1, 300, d, width, 1, format());
   for (int64_t d : {1, 7, 64, 300})
-    for (bool every : {false, true}) rwkv4<T>(2, 1 + d % 70, d, 1 + d % 2, every, format());
+    for (bool every : {false, true}) {
+      rwkv4<T>(2, 1 + d % 70, d, 1 + d % 2, every, format());
+      norm<T>(2, 1 + d % 70, d, 1 + d % 2, every, format());
+    }
 }
 
 int main() {  // under the sanitizers compiling takes long: one type at a time

@@ -27,14 +27,19 @@ def attention(**kw: Any) -> tuple[Tensor, Tensor]:
 def case(batch: int = 2, length: int = 40, groups: int = 2, per_group: int = 2, d_key: int = 3, d_value: int = 5, *,
          keys: bool = True, bonus: bool = False, decays: str = "mixed", reset: bool = True, start: bool = True,
          dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:  # fmt: skip
-    """decays: "mild", "strong", or "mixed" with 0, -inf and -1e4 among them."""
+    """decays: "mild", "strong", "mixed" with 0, -inf and -1e4 among them, "pinned": mild but for -inf throughout here and there."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     heads = groups * per_group
-    log_a = -rand(batch, length, heads, d_key if keys else 1).abs() * {"mild": 0.05, "mixed": 1, "strong": 8}[decays]
+    log_a = (
+        -rand(batch, length, heads, d_key if keys else 1).abs()
+        * {"mild": 0.05, "mixed": 1, "strong": 8, "pinned": 0.05}[decays]
+    )
+    if decays == "pinned":
+        log_a[:, :, 0, 0], log_a[-1, : length // 2, -1, -1], log_a[0, length // 2 :, :, -1] = (-torch.inf,) * 3
     if decays == "mixed":
         which = torch.rand(log_a.shape, generator=g)
         for low, value in ((0.0, -torch.inf), (0.05, -1e4), (0.1, 0.0)):
@@ -81,7 +86,7 @@ def test_any_shape(data: st.DataObject) -> None:
     kw = case(
         draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 2)), draw(st.integers(1, 3)),
         draw(st.integers(1, 5)), draw(st.integers(1, 4)), keys=draw(st.booleans()), bonus=draw(st.booleans()),
-        decays=draw(st.sampled_from(["mild", "mixed", "strong"])), reset=draw(st.booleans()),
+        decays=draw(st.sampled_from(["mild", "mixed", "strong", "pinned"])), reset=draw(st.booleans()),
         start=draw(st.booleans()), dtype=dtype, seed=draw(st.integers(0, 99)),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +96,7 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("keys", [False, True])
-@pytest.mark.parametrize("decays", ["mild", "mixed", "strong"])
+@pytest.mark.parametrize("decays", ["mild", "mixed", "strong", "pinned"])
 @pytest.mark.parametrize("bonus", [False, True])
 def test_several_chunks_of_the_size_in_use(keys: bool, decays: str, bonus: bool) -> None:
     for dtype in DTYPES:
@@ -189,8 +194,8 @@ def test_many_probes_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pieces, "PIECE", piece)
         for i, g in enumerate(torch.func.vmap(pull)(probes)):
             torch.testing.assert_close(g, torch.stack([a[i] for a in alone]))
-    assert len(calls) == 2
     together = torch.autograd.grad(kept, [kw[name] for name in names], probes, is_grads_batched=True)
+    assert len(calls) == 3
     for i, g in enumerate(together):
         torch.testing.assert_close(g, torch.stack([a[i] for a in alone]))
 
@@ -284,12 +289,34 @@ def test_no_subnormal_number_reaches_a_product() -> None:
 
 
 def test_mild_decays_take_the_short_way_and_others_do_not() -> None:
-    for scale, start in ((0.05, 6), (0.5, 5), (100.0, 0)):
+    for (scale, start), pinned in itertools.product(((0.05, 6), (0.5, 5), (100.0, 0)), (False, True)):
         work = decay.Decays(1, 1, 64, 2, 2, torch.empty(0), inclusive=True, keep=False)
         work.qk.fill_(1)
         work.log_a.fill_(-scale)
+        if pinned:
+            work.log_a[..., 1] = -torch.inf
         work.forward()
         assert work.start == start
+        assert (work.dead is not None) == (pinned and start > 0)
+        work.log_a.fill_(-scale)
+        work.log_a[..., 32, 1] = -torch.inf  # only one token
+        work.forward()
+        assert work.start == 0
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("scale", [0.05, 0.5])
+def test_what_is_pinned_at_zero_sees_the_current_token_or_the_one_before(bonus: bool, scale: float) -> None:
+    """Blocks of 64 and of 32 tokens at once, in heads that share q and k."""
+    for keys, reset in itertools.product((False, True), (False, True)):
+        kw = case(1, 192, 2, 2, 4, 3, keys=keys, bonus=bonus, decays="mild", reset=False)
+        log_a = (kw["log_a"].detach() * (scale / 0.05)).clamp_min(-22 * scale / 32 / 0.5)
+        log_a[:, :, 1, :2] = -torch.inf
+        log_a[:, 64:, 2, -1:] = -torch.inf
+        kw["log_a"] = log_a.requires_grad_()
+        if reset:
+            kw["reset"] = torch.arange(192)[None] == 70
+        agree(kw, torch.float64)
 
 
 # ---------------------------------------------------------------------------------------- identities

@@ -144,3 +144,29 @@ def test_at_one_the_error_is_no_more_than_that_of_a_plain_sum(backend: str, kind
     wide = u.double()
     exact = linear_scan(torch.ones_like(wide), wide, backend=backend)
     assert (exact - want).abs().max() <= 1e-9 * want.abs().max()
+
+
+def test_batched_probes_are_one_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch.func.vmap, and by is_grads_batched, which knows nothing of our functions' vmap. (Operations of PyTorch around the
+    scan, such as the gradient of softplus, it does run once for each probe.)"""
+    kw = {"a": rand(2, 30, 3).detach().sigmoid().requires_grad_(), "u": rand(2, 30, 3, seed=1).requires_grad_()}
+    h = chunked.linear_scan(**kw, h0=None, reset=None)[0]
+    probes = rand(5, *h.shape, seed=2).detach()
+    alone = [torch.autograd.grad(h, list(kw.values()), p, retain_graph=True) for p in probes]
+    calls = []
+    scan = chunked.scan._scan
+    monkeypatch.setattr(chunked.scan, "_scan", lambda *x: calls.append(1) or scan(*x))
+    together = torch.autograd.grad(h, list(kw.values()), probes, is_grads_batched=True, create_graph=True)
+    _, pull = torch.func.vjp(
+        lambda *x: chunked.linear_scan(*x, h0=None, reset=None)[0], *(x.detach() for x in kw.values())
+    )
+    calls.clear()
+    mapped = torch.func.vmap(pull)(probes)
+    for i, wanted in enumerate(zip(*alone, strict=True)):
+        torch.testing.assert_close(together[i].detach(), torch.stack(wanted))
+        torch.testing.assert_close(mapped[i], torch.stack(wanted))
+    # and what is_grads_batched returns can be differentiated again
+    again = torch.autograd.grad(together[1].square().sum(), kw["a"])[0]
+    wanted = torch.autograd.grad(h, kw["u"], probes[0], create_graph=True, retain_graph=True)[0].square().sum()
+    assert again.isfinite().all()
+    assert torch.autograd.grad(wanted, kw["a"])[0].isfinite().all()

@@ -106,6 +106,12 @@ def test_causal_conv1d(dtypes: dict[str, torch.dtype]) -> None:
     compare(lambda **own: (cpu.causal_conv1d(**own)[0], cpu.causal_conv1d(**own)[1].detach()), kw, dtypes, "x")
 
 
+@pytest.mark.parametrize("dtypes", [{"x": HALF[0]}, {"x": HALF[1]}, {"x": HALF[0], "weight": HALF[0]}])
+def test_rms_norm(dtypes: dict[str, torch.dtype]) -> None:
+    kw = {"x": normal(2, 70, 37), "weight": normal(37)}
+    compare(lambda **own: (cpu.rms_norm(**own, eps=1e-5), own["x"].detach().float()), kw, dtypes, "x")
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_rwkv4(dtype: torch.dtype) -> None:
     kw = {"r": normal(2, 70, 37), "k": normal(2, 70, 37, seed=1), "v": normal(2, 70, 37, seed=2), "w": normal(37).exp(),

@@ -14,6 +14,7 @@ from ssmlens.ops import (
     linear_scan,
     lti_convolution,
     reference,
+    rms_norm,
     rwkv4_attention,
     selective_scan,
 )
@@ -175,6 +176,28 @@ def test_linear_scan_at_any_shape(batch, length, width, complex_, reset):
         agree(linear_scan, kw, backend, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_linear_scan_of_real_beside_complex_numbers(dtype):
+    """Gradients of what is real are real."""
+    real, spun = (
+        rand(2, 40, 9).detach().sigmoid(),
+        torch.polar(rand(2, 40, 9).detach().sigmoid(), rand(2, 40, 9, seed=1).detach()),
+    )
+    pushed, start = torch.complex(rand(2, 40, 9, seed=2), rand(2, 40, 9, seed=3)).detach(), rand(2, 9, seed=4).detach()
+    for a, u, h0 in (
+        (real, pushed, start),
+        (spun, pushed.real, start),
+        (real, pushed, start + 1j),
+        (spun, pushed, start),
+    ):
+        kw = {
+            name: x.to(dtype.to_complex() if x.is_complex() else dtype).requires_grad_()
+            for name, x in zip(("a", "u", "h0"), (a, u, h0), strict=True)
+        }
+        for backend in FAST:
+            agree(linear_scan, kw, backend, dtype)
+
+
 def test_linear_scan_broadcasts_and_differentiates_twice():
     a, u = rand(2, 9, 1, 3).detach().sigmoid().requires_grad_(), rand(2, 9, 4, 3, seed=1)
     agree(linear_scan, {"a": a, "u": u}, "chunked", torch.float64)
@@ -189,7 +212,8 @@ def test_linear_scan_broadcasts_and_differentiates_twice():
 @pytest.mark.parametrize("keys", [1, 3])
 @pytest.mark.parametrize("bonus", [False, True])
 def test_gated_linear_attention(keys, bonus, monkeypatch):
-    monkeypatch.setattr(chunked.scan, "BLOCK", 400)
+    monkeypatch.setattr(chunked.pieces, "CHUNK", 8)  # five chunks
+    monkeypatch.setattr(chunked.pieces, "PIECE", 400)  # in three pieces for each sequence
     log_a = -rand(2, 40, 4, keys, seed=3).detach().abs()
     log_a[:, 4:7], log_a[:, 9, :2] = 0, -torch.inf
     kw = {"q": rand(2, 40, 2, 3), "k": rand(2, 40, 2, 3, seed=1), "v": rand(2, 40, 4, 5, seed=2), "log_a": log_a,
@@ -372,3 +396,63 @@ def test_a_broadcasts_over_time_in_every_backend():
     want = linear_scan(a.expand(2, 6, 4), u, backend="reference")
     for backend in ["reference", *FAST]:
         close(linear_scan(a, u, backend=backend), want, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 37), (3, 2, 5, 8), (4, 7), (9,), (0, 3, 4)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rms_norm(dtype, shape, weighted):
+    slack = 5 if dtype in (torch.bfloat16, torch.float16) else 1
+    kw = {"x": rand(*shape, grad=False).to(dtype).requires_grad_()}
+    if weighted:
+        kw["weight"] = rand(shape[-1], seed=1, grad=False).to(dtype).requires_grad_()
+    want_kw = doubled(kw)
+    want = rms_norm(**want_kw, eps=0.1, backend="reference")
+    by_hand = want_kw["x"] / (want_kw["x"].square().sum(-1, keepdim=True) / shape[-1] + 0.1).sqrt()
+    close(want, by_hand * want_kw["weight"] if weighted else by_hand, torch.float64)
+    for backend in FAST:
+        got = rms_norm(**kw, eps=0.1, backend=backend)
+        assert got.dtype == dtype
+        close(got, want, dtype, "y", slack)
+        want_gradients = gradients([want], want_kw)
+        for name, g in gradients([got], kw).items():
+            assert g.dtype == dtype
+            close(g, want_gradients[name], dtype, f"gradient of {name}", 2 * slack)
+
+
+def test_rms_norm_names_what_is_wrong():
+    x = torch.rand(2, 3, 4)
+    for wrong, message in [
+        (torch.rand(3), r"weight must have shape \(4\)"),
+        (torch.ones(4, dtype=torch.long), "floating"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            rms_norm(x, wrong)
+    with pytest.raises(TypeError, match="rms_norm: x must have a floating"):
+        rms_norm(x.long())
+    for empty in (x[..., :0], torch.tensor(1.0), None):
+        with pytest.raises(ValueError, match="d at least 1"):
+            rms_norm(empty)
+    with ops.checks(True), pytest.raises(ValueError, match="x contains NaN"):
+        rms_norm(x / 0 * 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_rwkv4_forgets_all_but_the_last_token_even_if_that_is_hidden(backend):
+    """w = inf: what is read is the token before, and nothing where that one has no weight."""
+    r, k, v, u = (rand(1, 5, 3, seed=i).detach().requires_grad_() for i in range(4))
+    k = k.detach().clone()
+    k[0, 2] = -torch.inf
+    k[0, 3] = -torch.inf
+    k.requires_grad_()
+    w, u = torch.tensor([torch.inf, 0.5, 0.0], dtype=torch.float64), u[0, 0]
+    y, (p, s, m) = rwkv4_attention(r, k, v, w, u, return_final_state=True, backend=backend)
+    assert (y[0, 3, 0], s[0, 0] > 0) == (0, True)
+    assert y[0, 3, 1:].abs().min() > 0, "others still remember"
+    close(y[0, 4, 0], (r[0, 4, 0].sigmoid() * v[0, 4, 0]), torch.float64)
+    close(p[0, 0] * m[0, 0].exp(), k[0, 4, 0].exp() * v[0, 4, 0], torch.float64)
+    found = torch.autograd.grad(y[:, :, 0].square().sum(), (r, k, v, u))
+    assert all(g.isfinite().all() for g in found)
+    again = rwkv4_attention(r[:, 2:4], k[:, 2:4], v[:, 2:4], w, u, backend=backend,
+                            state=rwkv4_attention(r[:, :2], k[:, :2], v[:, :2], w, u, return_final_state=True, backend=backend)[1])  # fmt: skip
+    close(again, y[:, 2:4], torch.float64)

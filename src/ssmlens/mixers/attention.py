@@ -10,6 +10,10 @@
 
 Positions count the tokens of a sequence: they begin at 0 behind left padding and at every reset. With a window the cache keeps
 window - 1 tokens. There is no diagonal transition, so `coefficients` refuses, and nothing to polarize.
+
+Where more than causality decides who sees whom (a window, padding, resets, a cache), queries go through in blocks, each with a mask over the
+keys that some query of the block may see. With a window, or many short packed sequences, time and memory are then linear in length;
+else the masks that a backward pass needs are half of (length, length) for each sequence.
 """
 
 import math
@@ -27,19 +31,25 @@ from ssmlens.mixers.base import Mixer, MixerConfig
 from ssmlens.polarization import Polarization
 from ssmlens.recurrence import Coefficients
 
+BLOCK = 256  # queries at a time: with as many keys beside a window of 256, half of the scores are used
+
 
 class AttentionConfig(MixerConfig):
     """n_kv_heads: heads of keys and values; None: as many as n_heads. d_head: None: d_model / n_heads. window: how many tokens a token
-    sees, itself included; None: all before it. max_length: how many positions are learned; only with positions "learned"."""
+    sees, itself included; None: all before it. max_length: how many positions are learned; only with positions "learned".
+    rope_fraction: of the dimensions of a head, the first so many are rotated (GPT-NeoX: a quarter). rope_frequencies: θ_i one by one
+    instead of by rope_base (what a model made for longer texts stretches). bias: of all four projections, of q, k and v, or of the output."""
 
     n_heads: int = Field(default=1, ge=1)
     n_kv_heads: int | None = Field(default=None, ge=1)
     d_head: int | None = Field(default=None, ge=1)
     positions: Literal["rope", "learned", "none"] = "rope"
     rope_base: float = Field(default=10_000.0, gt=0)
+    rope_fraction: float = Field(default=1.0, gt=0, le=1)
+    rope_frequencies: tuple[float, ...] | None = None
     max_length: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=1)
-    bias: bool = False
+    bias: bool | Literal["qkv", "output"] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "AttentionConfig":
@@ -62,7 +72,7 @@ class AttentionState(NamedTuple):
 class Attention(Mixer):
     config_class: ClassVar[type[MixerConfig]] = AttentionConfig
     config: AttentionConfig
-    title: ClassVar[str] = "attention"
+    title: ClassVar[str] = "Softmax attention"
     source: ClassVar[str] = "Vaswani et al. 2017, arXiv 1706.03762"
     transition: ClassVar[str] = "none: a cache of keys and values"
     unit: ClassVar[str] = "nothing: attention has no transition to pin"
@@ -77,10 +87,16 @@ class Attention(Mixer):
             raise UserError(f"n_heads ({config.n_heads}) does not divide d_model ({d_model}); give d_head")
         self.d_head = config.d_head or d_model // config.n_heads
         self.kv_heads = config.n_kv_heads or config.n_heads
-        self.q_proj = nn.Linear(d_model, config.n_heads * self.d_head, bias=config.bias)
-        self.k_proj = nn.Linear(d_model, self.kv_heads * self.d_head, bias=config.bias)
-        self.v_proj = nn.Linear(d_model, self.kv_heads * self.d_head, bias=config.bias)
-        self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=config.bias)
+        self.rotated = int(self.d_head * config.rope_fraction) // 2  # pairs
+        if config.rope_frequencies is not None and len(config.rope_frequencies) != self.rotated:
+            raise UserError(
+                f"rope_frequencies has {len(config.rope_frequencies)} values for {self.rotated} rotated pairs"
+            )
+        qkv_bias, output_bias = config.bias in (True, "qkv"), config.bias in (True, "output")
+        self.q_proj = nn.Linear(d_model, config.n_heads * self.d_head, bias=qkv_bias)
+        self.k_proj = nn.Linear(d_model, self.kv_heads * self.d_head, bias=qkv_bias)
+        self.v_proj = nn.Linear(d_model, self.kv_heads * self.d_head, bias=qkv_bias)
+        self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=output_bias)
         self.position = nn.Parameter(torch.empty(config.max_length, d_model)) if config.max_length else None
         self.reset_parameters()
 
@@ -125,9 +141,13 @@ class Attention(Mixer):
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.d_head)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (batch, length, heads, d_head)
-        if self.config.positions == "rope":
-            half = self.d_head // 2
-            by = heads.rotation(at, half, self.config.rope_base, 2 * (half - 1) / self.d_head)
+        if self.config.positions == "rope" and self.rotated:
+            frequencies = self.config.rope_frequencies
+            if frequencies is None:
+                width = int(self.d_head * self.config.rope_fraction)
+                by = heads.rotation(at, self.rotated, self.config.rope_base, 2 * (self.rotated - 1) / width)
+            else:
+                by = heads.turns(at, frequencies)
             q, k = _rotated(q, by), _rotated(k, by)
         # segment: how many resets came before; a cached token is seen from the same segment, 0, if it is visible at all
         segment = torch.zeros_like(here, dtype=torch.long) if reset is None else reset.cumsum(1)
@@ -136,25 +156,57 @@ class Attention(Mixer):
             k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
             seen = torch.cat([state.visible, here], 1)
             keys_in = torch.cat([torch.zeros_like(state.visible, dtype=torch.long), segment], 1)
-        simple = state is None and mask is None and reset is None and self.config.window is None
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=simple, enable_gqa=self.kv_heads != self.config.n_heads,
-            attn_mask=None if simple else self._allowed(seen, keys_in, segment)[:, None],
-        )  # fmt: skip
+        if state is None and mask is None and reset is None and length <= (self.config.window or length):
+            y = self._attend(q, k, v, None)
+        else:
+            gaps = state is not None or mask is not None or reset is not None
+            y = self._in_blocks(q, k, v, seen, keys_in, segment, gaps, reset)
         visible = seen & (keys_in == segment[:, -1:])
-        return self.o_proj(y.transpose(1, 2).flatten(2)), self._cache(
-            k, v, visible, following, mask is not None or reset is not None
-        )
+        return self.o_proj(y.flatten(2)), self._cache(k, v, visible, following, mask is not None or reset is not None)
 
-    def _allowed(self, seen: Tensor, keys_in: Tensor, segment: Tensor) -> Bool[Tensor, "batch queries keys"]:
-        """Which keys a query sees. Every query sees itself, padding too: a softmax over nothing would be NaN."""
-        queries, keys = segment.shape[1], seen.shape[1]
-        index = torch.arange(keys, device=seen.device)
-        later = index[-queries:, None] - index
-        allowed = (later >= 0) & seen[:, None] & (keys_in[:, None] == segment[..., None])
-        if self.config.window is not None:
-            allowed = allowed & (later < self.config.window)
-        return allowed | (later == 0)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None
+    ) -> Float[Tensor, "batch queries heads d_head"]:
+        """allowed: (queries, keys) or (batch, 1, queries, keys) bool; None: causal."""
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=allowed is None,
+            enable_gqa=self.kv_heads != self.config.n_heads,
+        ).transpose(1, 2)  # fmt: skip
+
+    def _in_blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seen: Tensor,
+        keys_in: Tensor,
+        segment: Tensor,
+        gaps: bool,
+        reset: Tensor | None,
+    ) -> Float[Tensor, "batch length heads d_head"]:
+        """seen, keys_in: (batch, keys)   segment: (batch, length). gaps: some of the keys may be hidden, or in another segment."""
+        length, window = q.shape[1], self.config.window
+        before = k.shape[1] - length  # keys from the cache
+        size = BLOCK if window is None else min(max(window, BLOCK // 4), BLOCK)
+        oldest = [0] * length  # for each block: no packed sequence that goes on in it begins before
+        if reset is not None:
+            begins = torch.where(reset, torch.arange(length, device=reset.device), 0).cummax(1).values
+            oldest = begins[:, ::size].amin(0).tolist()
+        ys = []
+        for block, start in enumerate(range(0, length, size)):
+            end = min(start + size, length)
+            first = before + oldest[block] if oldest[block] else 0
+            if window is not None:
+                first = max(first, before + start - window + 1)
+            queries, keys = slice(start, end), slice(first, before + end)
+            at = torch.arange(first, before + end, device=q.device)
+            later = at[before + start - first :, None] - at
+            allowed = (later >= 0) & (later < (window or k.shape[1]))
+            if gaps:  # every query sees itself, padding too: a softmax over nothing would be NaN
+                allowed = allowed & seen[:, None, keys] & (keys_in[:, None, keys] == segment[:, queries, None])
+                allowed = (allowed | (later == 0))[:, None]
+            ys.append(self._attend(q[:, queries], k[:, keys], v[:, keys], allowed))
+        return torch.cat(ys, 1) if len(ys) > 1 else ys[0]
 
     def _cache(self, k: Tensor, v: Tensor, visible: Tensor, position: Tensor, gaps: bool) -> AttentionState:
         """What later tokens can still see: the last window - 1, and, where there are gaps (padding, resets), none that is hidden from
@@ -172,7 +224,7 @@ class Attention(Mixer):
 
 
 def _rotated(x: Float[Tensor, "batch length heads d_head"], by: tuple[Tensor, Tensor]) -> Tensor:
-    """An odd last dimension stays as it is."""
-    half = x.shape[-1] // 2
+    """Dimensions beyond the rotated pairs stay as they are."""
+    half = by[0].shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat([*heads.turned(first, second, by), rest], -1).to(x.dtype)

@@ -17,7 +17,8 @@ from ssmlens.recurrence import Coefficients
 
 class MixerConfig(Config):
     """What every mixer's configuration has. n_residuals: how many blocks write into the residual stream of the model; an output
-    projection starts smaller by its square root."""
+    projection starts smaller by its square root. Mamba's authors do that; for most families it is our addition to theirs, so that
+    depth means the same to all. A mixer by itself (1) begins as its authors' does."""
 
     n_residuals: int = Field(default=1, ge=1)
 
@@ -59,6 +60,9 @@ class Mixer(nn.Module, ABC):
     unit: ClassVar[str]  # what polarization pins: "a state channel of each inner channel"
     diagonal: ClassVar[bool] = True  # False: A_t is not diagonal (attention, DeltaNet), and `coefficients` refuses
     polarizable: ClassVar[bool] = True  # False: nothing to pin (attention)
+    slower: ClassVar[str] = (
+        ""  # why a training step takes over 3 times as long as the fastest of its kind, where it does
+    )
 
     def __init__(self, d_model: int, config: MixerConfig, polarization: Polarization | None) -> None:
         super().__init__()

@@ -79,7 +79,9 @@ class GLA(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier's with the authors' gain, 2^{-2.5}."""
+        """Xavier's with gain 2^{-2.5} everywhere, biases zero: the layer of flash-linear-attention, by the same first author, from its
+        beginning until March 2025 (since then the library leaves layers to each model's N(0, 0.02²)). The paper's own release
+        (berlino/gated_linear_attention) has the same for q, k and the gate, and N(0, 0.02²) for v, g and the output."""
         for linear in (
             self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gate_down, self.gate_up, self.out_proj
         ):  # fmt: skip

@@ -8,7 +8,8 @@
     state: the last d_shift - 1 keys, and h: (batch, d_head, d_head, heads, modes), complex64 (or real), at least float32
 
 The diagonal model is what `coefficients` and `decode` speak of, its input k̃ v; the shift has no transition other than zero. The authors
-add D_k k_t to the shifted key; that is F's last column here, whose start has their D_k ~ N(0, 1) in it.
+add D_k k_t to the shifted key; that is F's last column here, whose start has their D_k ~ N(0, 1) in it. Their default, the bilinear rule, is
+this recurrence with another A and C (benchmarks/agreement/h3.py has the map).
 
 Polarization pins state channels of the diagonal model, the same ones in every head and pair, as in S4D: 2 of 34 modes (append) or 2 of 32.
 """

@@ -7,12 +7,14 @@ log_a: (batch, length, heads, d_key), or (..., 1) where a head has one decay   u
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssmlens import ops
 from ssmlens.mixers.base import at_least_float32
 from ssmlens.ops.reference import per_head
 from ssmlens.polarization import Polarization
@@ -65,10 +67,18 @@ def positions(
 
 def rotation(at: Int[Tensor, "batch length"], pairs: int, base: float, last: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine, (batch, length, 1, pairs), of the angles at · base^{-e_i}, e evenly spaced from 0 to `last`."""
-    # float32 angles are off by 0.01 after 10^5 tokens
-    exact = torch.float32 if at.device.type == "mps" else torch.float64
-    angle = at[..., None, None] * base ** -torch.linspace(0, last, pairs, dtype=exact, device=at.device)
+    return turns(at, base ** -torch.linspace(0, last, pairs, dtype=_exact(at), device=at.device))
+
+
+def turns(at: Int[Tensor, "batch length"], frequencies: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (batch, length, 1, pairs), of the angles at · frequency."""
+    angle = at[..., None, None] * torch.as_tensor(frequencies, dtype=_exact(at), device=at.device)
     return angle.cos(), angle.sin()
+
+
+def _exact(at: Tensor) -> torch.dtype:
+    """float32 angles are off by 0.01 after 10^5 tokens."""
+    return torch.float32 if at.device.type == "mps" else torch.float64
 
 
 def turned(left: Tensor, right: Tensor, by: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -129,7 +139,7 @@ def read_before_writing(q: Tensor, k: Tensor, v: Tensor, bonus: Tensor, states: 
 def head_rms_norm(y: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """y / sqrt(mean(y²) + eps), over the values of each head. weight: (d_value,), the same for every head, or none."""
     y = at_least_float32(y)
-    return F.rms_norm(y, (y.shape[-1],), None if weight is None else weight.to(y.dtype), eps)
+    return ops.rms_norm(y, None if weight is None else weight.to(y.dtype), eps=eps)
 
 
 def head_group_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,10 @@
 Polarization pins state channels, the same ones for every inner channel: columns of A at 0 (a = 1) come first, at -inf (a = 0)
 last, the learned columns between. With N = 16, one of each takes 2 of 18 (append) or 2 of 16 (replace) of the state. Their input
 and read-out are ordinary rows of W_B and W_C, so they are as alive as the others.
+
+FalconMamba (Zuo et al. 2024, arXiv 2410.05355) and Jamba (Lieber et al. 2024, arXiv 2403.19887) divide B_t, C_t and the low-rank part of
+Δ_t by their root mean square over state channels (over the rank): `bcdt_norm`. With polarization the mean is over the learned state
+channels, and pinned ones are divided by it too: a new state channel that is not read changes nothing.
 """
 
 import math
@@ -32,6 +36,7 @@ from ssmlens.recurrence import Coefficients
 class MambaConfig(MixerConfig):
     """d_state: N, learned state channels (of which "replace" polarization takes some). dt_rank None: d_model / 16, rounded up.
     dt_min, dt_max: Δ begins log-uniform between them.
+    bcdt_norm: RMS norm of B, C and the low-rank Δ: "plain" (FalconMamba) or "weighted" (Jamba). bcdt_eps: inside its root.
     initialization: "authors", or "released": what the paper's released code runs, whose initialiser zeroes every linear bias, Δ's
     among them, so that Δ ≈ 0.69 everywhere, and draws linear weights from N(0, 0.02²) (SPEC.md §4)."""
 
@@ -44,6 +49,8 @@ class MambaConfig(MixerConfig):
     dt_floor: float = Field(default=1e-4, gt=0)
     conv_bias: bool = True
     bias: bool = False
+    bcdt_norm: Literal["none", "plain", "weighted"] = "none"
+    bcdt_eps: float = Field(default=1e-6, gt=0)
     initialization: Literal["authors", "released"] = "authors"
 
     @model_validator(mode="after")
@@ -81,11 +88,14 @@ class Mamba(Mixer):
     source: ClassVar[str] = "Gu and Dao 2023, arXiv 2312.00752"
     transition: ClassVar[str] = "real diagonal, input-dependent"
     unit: ClassVar[str] = "a state channel of each inner channel"
+    dt_norm_weight: nn.Parameter | None
+    B_norm_weight: nn.Parameter | None
+    C_norm_weight: nn.Parameter | None
 
     def __init__(self, d_model: int, config: MambaConfig, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)
         self.d_inner = config.expand * d_model
-        learned, self.d_state = heads.sizes(config.d_state, polarization)
+        self.learned, self.d_state = heads.sizes(config.d_state, polarization)
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
@@ -93,9 +103,12 @@ class Mamba(Mixer):
         self.conv_bias = nn.Parameter(torch.empty(self.d_inner)) if config.conv_bias else None
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * self.d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.empty(self.d_inner, learned))
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, self.learned))
         self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+        for name, size in (("dt", self.dt_rank), ("B", self.d_state), ("C", self.d_state)):
+            weighted = config.bcdt_norm == "weighted"
+            self.register_parameter(f"{name}_norm_weight", nn.Parameter(torch.empty(size)) if weighted else None)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -124,9 +137,13 @@ class Mamba(Mixer):
         n = torch.arange(first, first + self.A_log.shape[1], dtype=torch.float32, device=self.A_log.device)
         self.A_log.copy_(n.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
+        for weight in (self.dt_norm_weight, self.B_norm_weight, self.C_norm_weight):
+            if weight is not None:
+                nn.init.ones_(weight)
 
     def no_weight_decay(self) -> set[str]:
-        return {"A_log", "D"}
+        norms = {"dt_norm_weight", "B_norm_weight", "C_norm_weight"} if self.config.bcdt_norm == "weighted" else set()
+        return {"A_log", "D"} | norms
 
     def A(self) -> Float[Tensor, "d_inner d_state"]:
         """The continuous transition, float32 (float64 for a float64 model), pinned columns included."""
@@ -145,6 +162,13 @@ class Mamba(Mixer):
             return_final_state=True,
         )
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if self.config.bcdt_norm != "none":
+            first = self.polarization.ones if self.polarization else 0
+            dt = _rms_norm(dt, dt, self.dt_norm_weight, self.config.bcdt_eps)
+            B, C = (
+                _rms_norm(m, m[..., first : first + self.learned], weight, self.config.bcdt_eps)
+                for m, weight in ((B, self.B_norm_weight), (C, self.C_norm_weight))
+            )
         return _Projected(x, z, F.linear(dt, self.dt_proj.weight), B, C, conv)
 
     def forward(
@@ -189,3 +213,10 @@ class Mamba(Mixer):
         p = self._project(x, None, None, None)
         y = (states * at_least_float32(p.C)[:, :, None]).sum(-1) + at_least_float32(self.D) * p.x
         return self.out_proj((y * F.silu(p.z)).to(x.dtype))
+
+
+def _rms_norm(x: Tensor, over: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(over²) + eps), times a weight, in x's dtype; computed in float32."""
+    scale = torch.rsqrt(at_least_float32(over).square().mean(-1, keepdim=True) + eps)
+    y = at_least_float32(x) * scale
+    return (y if weight is None else y * weight.to(y.dtype)).to(x.dtype)

@@ -37,7 +37,8 @@ from ssmlens.recurrence import Coefficients
 
 class Mamba2Config(MixerConfig):
     """d_head: at most, where it does not divide d_inner. n_groups: of heads that share B and C.
-    A_min, A_max: -A begins uniform between them. dt_min, dt_max: Δ begins log-uniform between them."""
+    A_min, A_max: -A begins uniform between them. dt_min, dt_max: Δ begins log-uniform between them.
+    dt_lower, dt_upper: Δ never leaves them (Zamba2 and Nemotron-H: 0.001 from below). gated_norm: False leaves the norm out (Falcon-H1)."""
 
     d_state: int = Field(default=128, ge=1)
     d_head: int = Field(default=64, ge=1)
@@ -49,6 +50,9 @@ class Mamba2Config(MixerConfig):
     dt_min: float = Field(default=0.001, gt=0)
     dt_max: float = Field(default=0.1, gt=0)
     dt_floor: float = Field(default=1e-4, gt=0)
+    dt_lower: float = Field(default=0, ge=0)
+    dt_upper: float | None = Field(default=None, gt=0)
+    gated_norm: bool = True
     norm_eps: float = Field(default=1e-5, gt=0)
     conv_bias: bool = True
     bias: bool = False
@@ -58,6 +62,8 @@ class Mamba2Config(MixerConfig):
         for name, low, high in (("A", self.A_min, self.A_max), ("dt", self.dt_min, self.dt_max)):
             if low > high:
                 raise ValueError(f"{name}_min ({low:g}) is above {name}_max ({high:g})")
+        if self.dt_upper is not None and self.dt_lower > self.dt_upper:
+            raise ValueError(f"dt_lower ({self.dt_lower:g}) is above dt_upper ({self.dt_upper:g})")
         return self
 
 
@@ -82,6 +88,9 @@ class Mamba2(Mixer):
     source: ClassVar[str] = "Dao and Gu 2024, arXiv 2405.21060"
     transition: ClassVar[str] = "real scalar for each head, input-dependent"
     unit: ClassVar[str] = "a head"
+    slower: ClassVar[str] = (
+        "its authors' d_state of 128 makes the largest state of all: 256 numbers for each of d_model, 16 times GLA's"
+    )
 
     def __init__(self, d_model: int, config: Mamba2Config, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)
@@ -99,7 +108,7 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.learned))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm_weight = nn.Parameter(torch.empty(self.n_heads, self.d_head))
+        self.norm_weight = nn.Parameter(torch.empty(self.n_heads, self.d_head)) if config.gated_norm else None
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
         self.reset_parameters()
 
@@ -120,10 +129,11 @@ class Mamba2(Mixer):
         initial_steps(self.dt_bias, c.dt_min, c.dt_max, c.dt_floor)
         nn.init.uniform_(self.A_log, c.A_min, c.A_max).log_()
         nn.init.ones_(self.D)
-        nn.init.ones_(self.norm_weight)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
 
     def no_weight_decay(self) -> set[str]:
-        return {"A_log", "D", "dt_bias", "norm_weight"}
+        return {"A_log", "D", "dt_bias"} | ({"norm_weight"} if self.config.gated_norm else set())
 
     def A(self) -> Float[Tensor, " heads"]:
         """The continuous transition, float32 (float64 for a float64 model), pinned heads included."""
@@ -155,6 +165,8 @@ class Mamba2(Mixer):
         d_bc = self.config.n_groups * self.config.d_state
         x, B, C = xBC.split([self.d_inner, d_bc, d_bc], dim=-1)
         dt = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias))
+        if self.config.dt_lower or self.config.dt_upper is not None:
+            dt = dt.clamp(self.config.dt_lower, self.config.dt_upper)
         B, C = heads.split(B, self.config.n_groups), heads.split(C, self.config.n_groups)
         if self.config.n_groups > 1 and self.n_heads > self.units:  # shares are no longer even
             index = self._groups().to(B.device)
@@ -171,8 +183,9 @@ class Mamba2(Mixer):
 
     def _finish(self, y: Tensor, p: _Projected, dtype: torch.dtype) -> Tensor:
         y = (at_least_float32(y) + at_least_float32(self.D)[:, None] * p.x) * F.silu(at_least_float32(p.z))
-        power = y.square().mean(-1) @ self._norm_groups().to(y.device, y.dtype).mT
-        y = y * torch.rsqrt(power + self.config.norm_eps)[..., None] * self.norm_weight.to(y.dtype)
+        if self.norm_weight is not None:
+            power = y.square().mean(-1) @ self._norm_groups().to(y.device, y.dtype).mT
+            y = y * torch.rsqrt(power + self.config.norm_eps)[..., None] * self.norm_weight.to(y.dtype)
         return self.out_proj(y.flatten(2).to(dtype))
 
     def forward(

@@ -88,7 +88,8 @@ class RetNet(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier's with the gains of the authors' code (torchscale)."""
+        """Source: the authors' MultiScaleRetention (microsoft/torchscale): Xavier's with gain 2^{-2.5}, 2^{-1} for the output. Without
+        their DeepNorm option, off by default, which makes v and the output smaller by a root of the depth."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
             nn.init.xavier_uniform_(linear.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)

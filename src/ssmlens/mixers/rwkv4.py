@@ -68,7 +68,8 @@ class RWKV4(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Source: Peng et al. 2023, Appendix E, and RWKV-LM. Keys, receptances and output begin at zero: a fresh layer does nothing."""
+        """Source: the author's RWKV-LM, RWKV-v4/src/model.py (RWKV_TimeMix, RWKV_Init). Keys, receptances and output begin at zero: a
+        fresh layer does nothing. Values are orthogonal, with gain √(rows / columns) where there are more rows."""
         c, device = self.config, self.time_decay.device
         for linear in (self.key, self.receptance, self.output):
             nn.init.zeros_(linear.weight)

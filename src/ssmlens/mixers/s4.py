@@ -12,7 +12,7 @@
 A is not normal, and HiPPO's eigenvectors are conditioned like 2^N: written in its own eigenbasis the recurrence would be diagonal and
 useless in any precision. So this mixer is not diagonal, and `coefficients` refuses. In the basis given, A + A* = -1 - 2 p p* < 0, so Ā is
 a contraction and its powers are safe to form. A sequence goes through in chunks of 64 tokens: inside, the convolution with K_j = C Ā^j B̄
-as a matrix product; between chunks, the state. (The authors get the same K by a Cauchy kernel in the frequency domain, which needs
+as a matrix product; between chunks, the state. Packed sequences are first moved apart, so that each ends with a chunk. (The authors get the same K by a Cauchy kernel in the frequency domain, which needs
 Ā^L as well, O(N L) complex memory and a second way to the final state. The tests compare with it.)
 
 Polarization pins state channels, the same ones for every inner channel, beside the diagonal-plus-low-rank block: a = exp(Δ A) with A = 0
@@ -122,12 +122,11 @@ class LowRankKernel(nn.Module):
     def forward(
         self, x: Tensor, D: Tensor, h: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """s (batch, length, channels) and the state after the last token. In chunks; token by token, and slower, where the state is
-        emptied in between."""
+        """s (batch, length, channels) and the state after the last token."""
         with full_precision(x):
             system = self.discrete()
             inputs = heads.visible(x.to(system.A.dtype), mask)
-            s, h = _in_chunks(system, inputs, h) if reset is None else _by_token(system, inputs, h, reset)
+            s, h = _in_chunks(system, inputs, h) if reset is None else _packed(system, inputs, h, reset)
             return (s + at_least_float32(D) * inputs).to(x.dtype), h
 
 
@@ -135,21 +134,46 @@ def _real(z: Tensor) -> Tensor:
     return torch.cat([z.real, z.imag], -1)
 
 
-def _by_token(system: Discrete, x: Tensor, h: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-    if h is None:
-        h = x.new_zeros(x.shape[0], *system.B.shape)
-    outputs = []
-    for t in range(x.shape[1]):
-        h = h.masked_fill(reset[:, t, None, None], 0)
-        h = torch.einsum("dij,bdj->bdi", system.A, h) + system.B * x[:, t, :, None]
-        outputs.append((system.C * h).sum(-1))
-    return torch.stack(outputs, 1), h
+def _packed(system: Discrete, x: Tensor, h: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
+    """y and h_T where the state is emptied before some tokens. Each sequence is moved behind as many zeros as make it whole chunks,
+    since zeros leave no trace in an empty state; what h does before the first reset is added."""
+    batch, length, _ = x.shape
+    here = torch.arange(length, device=x.device)
+    begins = reset | (here == 0)
+    sequence = begins.cumsum(1) - 1  # which one a token belongs to
+    size = _chunk(batch * length // max(1, int(begins.sum())))
+    lengths = torch.zeros_like(sequence).scatter_add(1, sequence, torch.ones_like(sequence))
+    zeros = -lengths % size  # in front of each
+    at = here + zeros.cumsum(1).gather(1, sequence)
+    total = int(at[:, -1].max()) + 1
+    at = at + (total - 1 - at[:, -1:])  # all end together
+    first = (at - zeros.gather(1, sequence)) // size  # at a sequence's first token: the chunk in which its zeros begin
+    fresh = (
+        torch.zeros(batch, total // size, dtype=torch.long, device=x.device).scatter_add(1, first, begins.long()) > 0
+    )
+    index = at[..., None].expand_as(x)
+    y, last = _in_chunks(system, x.new_zeros(batch, total, x.shape[2]).scatter(1, index, x), None, fresh, size)
+    y = y.gather(1, index)
+    if h is not None:
+        untouched = reset.cumsum(1) == 0
+        more, left = _in_chunks(system, torch.zeros_like(x), h)
+        y = y + more * untouched[..., None]
+        last = last + left * untouched[:, -1:, None]
+    return y, last
 
 
-def _in_chunks(system: Discrete, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y and h_T. Powers by doubling; per inner channel, matrix products over all chunks of all sequences at once."""
+def _chunk(length: int) -> int:
+    """A power of two, CHUNK at most, that holds a sequence of this length where one does."""
+    return min(CHUNK, 1 << max(0, length - 1).bit_length())
+
+
+def _in_chunks(
+    system: Discrete, x: Tensor, h: Tensor | None, fresh: Tensor | None = None, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and h_T. Powers by doubling; per inner channel, matrix products over all chunks of all sequences at once.
+    fresh: (batch, chunks) bool, the state is emptied before such a chunk. size: of a chunk, a power of two."""
     batch, length, d = x.shape
-    size = min(CHUNK, 1 << (length - 1).bit_length())
+    size = size or _chunk(length)
     squares = [system.A]  # Ā^(2^i)
     written, read = system.B[..., None], (system.C[..., None, :] @ system.A).mT  # Ā^j B̄ and (C Ā^(j+1))ᵀ, j < size
     while written.shape[-1] < size:
@@ -168,6 +192,8 @@ def _in_chunks(system: Discrete, x: Tensor, h: Tensor | None) -> tuple[Tensor, T
     state = x.new_zeros(d, system.B.shape[-1], batch) if h is None else h.permute(1, 2, 0)
     starts = []
     for c in range(chunks):
+        if fresh is not None:
+            state = state.masked_fill(fresh[:, c], 0)
         starts.append(state)
         state = whole @ state + added[..., c]
     before = torch.stack(starts, -1).flatten(2) if starts else x.new_zeros(d, system.B.shape[-1], 0)

@@ -19,7 +19,7 @@ from ssmlens.ops import _check
 from ssmlens.ops._check import checks
 
 __all__ = [
-    "BACKENDS", "backend_for", "causal_conv1d", "checks", "gated_linear_attention", "linear_scan", "lti_convolution",
+    "BACKENDS", "backend_for", "causal_conv1d", "checks", "gated_linear_attention", "linear_scan", "lti_convolution", "rms_norm",
     "rwkv4_attention", "selective_scan",
 ]  # fmt: skip
 
@@ -391,3 +391,23 @@ def causal_conv1d(
         y, last = module.causal_conv1d(*needed, activation=activation, initial=initial, reset=reset)
     y = y.to(x.dtype)
     return (y, last) if return_final_state else y
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto") -> Tensor:
+    """What stands around the recurrence: x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang and Sennrich 2019).
+
+    x: (..., d)   weight: (d,), None for ones. Returns y like x.
+    Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong."""
+    with _check.naming("rms_norm"):
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError("x must be a tensor of shape (..., d), d at least 1")
+        _check.floating("x", x)
+        if weight is not None:
+            _check.tensor("weight", weight, (x.shape[-1],), x)
+            _check.floating("weight", weight)
+        _check.values(x=x, weight=weight)
+    module = _module("rms_norm", backend, x, weight)
+    with _check.full_precision(x):
+        wide, weight = _widened(module, x, (x, weight))
+        y: Tensor = module.rms_norm(wide, weight, eps=eps)
+    return y.to(x.dtype)

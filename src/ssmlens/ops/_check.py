@@ -80,7 +80,8 @@ def not_positive(name: str, x: Tensor) -> None:
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off, where the device has one."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

@@ -106,8 +106,8 @@ def rwkv4_attention(
         top = torch.maximum(m, here)
         old, new = torch.exp(m - top), torch.exp(here - top)
         ys.append(torch.sigmoid(r[:, t]) * weighted_mean(old * p + new * v[:, t], old * s + new))
-        faded = (m - w).clamp_min(lowest(m.dtype))
-        top = torch.maximum(faded, k[:, t])
+        faded = m - w  # -inf where w is: nothing is left of earlier tokens, whether or not this one is visible
+        top = torch.maximum(faded.clamp_min(lowest(m.dtype)), k[:, t])
         old, new = torch.exp(faded - top), torch.exp(k[:, t] - top)
         p, s, m = old * p + new * v[:, t], old * s + new, top
     return torch.stack(ys, 1), (p, s, m)
@@ -175,3 +175,8 @@ def causal_conv1d(
         window = window[:, 1:]
     y = torch.stack(ys, 1)
     return F.silu(y) if activation == "silu" else y, window
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float) -> Tensor:
+    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return y if weight is None else y * weight

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmlens.ops import _check, reference
+from ssmlens.ops._vmap import fold, one_call
 from ssmlens.ops.chunked import pieces
 from ssmlens.ops.chunked.scan import LinearScan
 
@@ -106,6 +107,7 @@ class Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Maybe, dfinal: Maybe, _: Maybe) -> Any:
         *tensors, states = ctx.saved_tensors
         if not ctx.save:
@@ -117,7 +119,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        folded = [_fold(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
+        folded = [fold(x, dim, info.batch_size) for x, dim in zip(arguments, in_dims, strict=True)]
         y, final, states = Attention.apply(*folded)
         if states.dim() > 1:
             states = states.unflatten(1, (info.batch_size, -1)).movedim(1, 0)
@@ -155,6 +157,7 @@ class AttentionBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, *above: Maybe) -> Any:
         """The second derivative: that of the first derivative of `composed`."""
         *tensors, reset = ctx.saved_tensors
@@ -186,7 +189,7 @@ class AttentionBackward(torch.autograd.Function):
             several = [None if x is None else x.flatten(0, 1) for x in several]
             gradients = AttentionBackward.apply(*several, states, *inputs, samples * size)
             return tuple(x.unflatten(0, (size, -1)) for x in gradients), (0,) * len(gradients)
-        inputs = [_fold(x, dim, size) for x, dim in zip(inputs, in_dims[3:-1], strict=True)]
+        inputs = [fold(x, dim, size) for x, dim in zip(inputs, in_dims[3:-1], strict=True)]
         states = _front(states, in_dims[2], size).movedim(0, 1).flatten(1, 2)
         several = [None if x is None else x.unflatten(1, (samples, -1)).movedim(1, 0).flatten(0, 2) for x in several]
         gradients = AttentionBackward.apply(*several, states, *inputs, samples)
@@ -207,13 +210,8 @@ def _front(x: Any, dim: int | None, size: int) -> Any:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def _fold(x: Any, dim: int | None, size: int) -> Any:
-    """(batch, ...) with a mapped dimension of `size` → (size · batch, ...); repeats what is not mapped."""
-    return _front(x, dim, size).flatten(0, 1) if isinstance(x, Tensor) else x
-
-
 def _repeated(x: Tensor, samples: int) -> Tensor:
-    return x if samples == 1 else _fold(x, None, samples)
+    return x if samples == 1 else fold(x, None, samples)
 
 
 def composed(

@@ -13,7 +13,9 @@ exact wherever they stand. The gradient to log_a_r goes back along the same tree
 with nothing in it that would have to cancel.
 
 Where decays are mild, blocks of several b at once are one product, with rows_t = q_t F_t and cols_s = k_s / F_s, F the decay since the
-block's beginning: on a CPU, where looking at numbers costs nothing, the largest blocks in which no F is below 2^-MILD.
+block's beginning: on a CPU, where looking at numbers costs nothing, the largest blocks in which no F is below 2^-MILD. Dimensions that
+are zero throughout a chunk (polarization's) do not hinder that: there only a token itself is read, or, read before it is written, the one
+before, which is a product along a diagonal of the scores; the rest is computed as if they were one, with rows of zero.
 
 M: chunks × sequences × groups   R: heads in a group   C: chunk size, a power of two   d: d_key   N = M · R   m = C / 2b
 q, k: (M, C, d)   log_a: (M, R, C, e), e = d or, for one decay a head, 1   scores: (N, C, C), lower triangular
@@ -61,6 +63,8 @@ class Decays:
         """inclusive: rows_t includes a_t itself (the state is read after it is written). keep: for `gradients`."""
         new = like.new_empty
         self.inclusive, self.low, self.start = inclusive, smallest(like.dtype), 0
+        self.dead: Tensor | None = None  # (M, R, 1, e): where decays are zero throughout, and treated apart
+        self.columns: slice | Tensor = slice(None)  # in which there are any
         self.qk, self.log_a, self.fg = new(2, M, 1, C, d), new(M, R, C, e), new(2, M, R, C, e)
         self.scores, self.ends = like.new_zeros(M * R, C, C), new(2, M, R, C, d)
         self.dends = new(2 if keep else 0, M, R, C, d)  # gradients to rows and cols
@@ -75,9 +79,15 @@ class Decays:
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """scores, rows, cols and keep, from what has been put into qk and log_a (which is overwritten)."""
+        self._find_dead()
+        self._clear(self.log_a)
         for at in self.levels:
             torch.add(*at.halves, out=at.total)
         self.start = self._mild()
+        if self.dead is not None and not self.start:
+            for total in self.sums:
+                total.masked_fill_(self.dead, -torch.inf)
+            self.dead = None
         if self.whole:
             self.sums[-1].exp_()
         else:  # sums of log a become decays; exp would be slow where they are small
@@ -100,7 +110,30 @@ class Decays:
             torch.mul(self.base[1], self.sums[-1], out=cols)
         else:
             torch.mul(self.qk, self.fg, out=self.ends)
+        if self.dead is not None:
+            self._dead_scores(rows, cols)
         return self.scores, rows.flatten(0, 1), cols.flatten(0, 1), self.sums[-1].view(len(self.scores), -1, 1)
+
+    def _find_dead(self) -> None:
+        """Where a decay is zero throughout a chunk; nowhere, where it would cost to look."""
+        self.dead = None
+        if self.log_a.device.type != "cpu":
+            return
+        first = torch.isneginf(self.log_a[:, :, :1])
+        if first.any():
+            columns = first.flatten(0, 2).any(0).nonzero().squeeze(1)
+            self.dead = torch.zeros_like(first)
+            self.dead[..., columns] = torch.isneginf(self.log_a[..., columns].amax(2, keepdim=True))
+            self.columns = slice(None) if first.shape[-1] == 1 else columns
+
+    def _clear(self, x: Tensor) -> None:
+        """x (M, R, ..) = 0 where decays are zero throughout. (A mask over all of it would take as long as a product of matrices.)"""
+        if self.dead is None:
+            return
+        if self.dead.shape[-1] == 1:
+            x[self.dead[:, :, 0, 0]] = 0
+        else:
+            x[..., self.columns] = x[..., self.columns].masked_fill_(self.dead[..., self.columns], 0)
 
     def _mild(self) -> int:
         """How many of the lowest levels one product can cover: none, or at least 3. In blocks of 8 or more the mean decay is then above
@@ -130,15 +163,50 @@ class Decays:
         own = since if self.inclusive else shifted
         torch.mul(self.qk[0], own, out=rows)
         torch.div(self.qk[1], since, out=cols)
+        self._clear(rows)
         if not self.whole:
             self.fg[0].copy_(own)
             torch.div(self.sums[self.start][..., None, :], _blocks(since, size), out=_blocks(self.fg[1], size))
+            for x in self.fg:
+                self._clear(x)
         rows, cols = (x.view(-1, size, x.shape[-1]) for x in (rows, cols))
         below = 0 if self.inclusive else -1
         if len(rows) == len(self.scores):
             torch.bmm(rows, cols.mT, out=self.scores).tril_(below)
         else:
             squares(self.scores, size).copy_(torch.bmm(rows, cols.mT).tril_(below).unflatten(0, (len(self.scores), -1)))
+
+    def _dead_scores(self, rows: Tensor, cols: Tensor) -> None:
+        """A token meets itself or the one before; the first reads the state, if it is read before it is written; the last writes to it."""
+        dead, shift = self.dead, 0 if self.inclusive else 1
+        assert dead is not None
+        near = (self._dead_part(0)[:, :, shift:] * self._dead_part(1)[:, :, : self.qk.shape[3] - shift]).sum(-1)
+        self.scores.diagonal(-shift, 1, 2).add_(near.flatten(0, 1))
+        for x in (self.sums[-1], cols):
+            self._clear(x)
+        cols[:, :, -1:].add_(self.qk[1, :, :, -1:] * dead)
+        if not self.inclusive:
+            rows[:, :, :1].add_(self.qk[0, :, :, :1] * dead)
+
+    def _dead_part(self, i: int) -> Tensor:
+        """q or k where decays are zero throughout, of the columns in which there are any: (M, R, C, columns)."""
+        assert self.dead is not None
+        dead = self.dead if self.dead.shape[-1] == 1 else self.dead[..., self.columns]
+        return self.qk[i][..., self.columns] * dead
+
+    def _dead_gradients(self, dscores: Tensor, dlog_a: Tensor, dfirst: Tensor, dlast: Tensor) -> None:
+        """What `_dead_scores` did. dfirst, dlast: to the first of rows and the last of cols."""
+        dead, (drows, dcols), shift = self.dead, self.dends, 0 if self.inclusive else 1
+        assert dead is not None
+        for x in (drows, dcols, dlog_a):
+            self._clear(x)
+        dcols[:, :, -1:].add_(dlast * dead)
+        if not self.inclusive:
+            drows[:, :, :1].add_(dfirst * dead)
+        stop = drows.shape[2] - shift
+        dnear = dscores.diagonal(-shift, 1, 2).view(*drows.shape[:2], stop, 1)
+        drows[:, :, shift:, self.columns] += dnear * self._dead_part(1)[:, :, :stop]
+        dcols[:, :, :stop, self.columns] += dnear * self._dead_part(0)[:, :, shift:]
 
     @property
     def has_diagonal(self) -> bool:
@@ -149,6 +217,7 @@ class Decays:
         """To q, k (M, C, d) and log_a (M, R, C, e), given those to scores, to log keep (N, 1, d) and, in `dends`, to rows and cols.
         Where `whole`, the gradient to log keep includes what it does to cols."""
         drows, dcols = self.dends
+        dfirst, dlast = drows[:, :, :1].clone(), dcols[:, :, -1:].clone()
         dtotal = self._for_decays(dtotal.view(*drows.shape[:2], 1, -1))
         for at in reversed(self.levels[self.start :]):
             at.dscaled.mul_(at.over)
@@ -165,6 +234,8 @@ class Decays:
                 at.dscaled.add_(at.spare)
         if self.start:
             dtotal = self._base_gradients(dscores, dtotal)
+            if self.dead is not None:
+                self._dead_gradients(dscores, dtotal, dfirst, dlast)
         elif self.inclusive:
             drows.mul_(self.log_a)  # which is a, since `forward`
             dtotal.add_(self._for_decays(drows * self.qk[0]))

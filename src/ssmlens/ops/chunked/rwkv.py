@@ -63,7 +63,7 @@ def rwkv4_attention(
     if reset is not None:
         before = before.masked_fill(reset[..., None], low)
     # the difference of two maxima first: it is exact where they are close, and so cannot add up to an error over many tokens
-    a = torch.exp(torch.where(before - w > low, (before - top) - w, low - top))
+    a = torch.exp((before - top) - w)
     new = torch.exp(k - top)
     h0 = torch.stack([p, s], -1)
     h, last = linear_scan(a[..., None], torch.stack([new * v, new], -1), h0=h0, reset=reset)

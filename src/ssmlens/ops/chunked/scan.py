@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ssmlens.ops import _check, reference
+from ssmlens.ops._vmap import fold, one_call, unfold
 
 WIDE = 4096  # numbers a token: above it one more torch call a token costs less than a second pass over memory
 BLOCK = 1 << 20  # numbers (a_t or u_t) a block: a few MB, which stay in cache
@@ -64,6 +65,7 @@ class LinearScan(torch.autograd.Function):
         ctx.save_for_backward(a, h0, output)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, h0, h = ctx.saved_tensors
         a = a.conj() if a.is_complex() else a
@@ -75,12 +77,8 @@ class LinearScan(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
         """A vmapped dimension is only more batch."""
-        moved = [
-            x.movedim(d, 0) if d is not None else x.expand(info.batch_size, *x.shape)
-            for x, d in zip(args, in_dims, strict=True)
-        ]
-        h = LinearScan.apply(*(x.flatten(0, 1) for x in moved))
-        return h.unflatten(0, (info.batch_size, -1)), 0
+        folded = (fold(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True))
+        return unfold(LinearScan.apply(*folded), info.batch_size), 0
 
 
 def widened(x: Tensor, real: torch.dtype) -> Tensor:

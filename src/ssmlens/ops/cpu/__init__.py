@@ -1,12 +1,12 @@
 """C++ kernels for the recurrence on a CPU, compiled for this machine on first use. See DESIGN.md, "The kernels".
 
-Shapes and meaning as in `ssmlens.ops`, whose functions check the arguments and call these; every function returns its
-output and the final state. States, parameters and sums are float32, or float64 for float64 input; tensors (batch, length, ...)
+Shapes and meaning as in `ssmlens.ops`, whose functions check the arguments and call these; every function of a sequence returns
+its output and the final state. States, parameters and sums are float32, or float64 for float64 input; tensors (batch, length, ...)
 may be bfloat16 or float16, in any mixture with float32, and are never copied to float32 as a whole. Results are bitwise the
 same for any number of threads.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from ssmlens.ops.cpu import _autograd, _library  # noqa: F401  (_library defines
 from ssmlens.ops.cpu.build import available, why_unavailable
 
 __all__ = [
-    "available", "causal_conv1d", "exponentials", "linear_scan", "rwkv4_attention", "selective_scan",
-    "supports_causal_conv1d", "supports_linear_scan", "supports_rwkv4_attention", "supports_selective_scan",
-    "why_unavailable",
+    "available", "causal_conv1d", "exponentials", "linear_scan", "rms_norm", "rwkv4_attention", "selective_scan",
+    "supports_causal_conv1d", "supports_linear_scan", "supports_rms_norm", "supports_rwkv4_attention",
+    "supports_selective_scan", "why_unavailable",
 ]  # fmt: skip
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -38,8 +38,7 @@ def supports_selective_scan(x: Tensor, A: Maybe = None) -> bool:
 
 
 def supports_linear_scan(u: Tensor, a: Maybe = None) -> bool:
-    """Real a and u only; complex ones are left to the chunked backend."""
-    return _supported(u, a)
+    return _supported(u.real if u.is_complex() else u, a, _REAL + _COMPLEX)
 
 
 def supports_causal_conv1d(x: Tensor, weight: Maybe = None) -> bool:
@@ -48,6 +47,10 @@ def supports_causal_conv1d(x: Tensor, weight: Maybe = None) -> bool:
 
 def supports_rwkv4_attention(v: Tensor, w: Maybe = None) -> bool:
     return _supported(v, w)
+
+
+def supports_rms_norm(x: Tensor, weight: Maybe = None) -> bool:
+    return _supported(x, weight)
 
 
 def selective_scan(
@@ -74,19 +77,21 @@ def selective_scan(
         _state(D, s), _input(z, s), _state(dt_bias, s), _state(h0, s),
     ]  # fmt: skip
     *most, start = tensors
-    y, final_state, _ = _autograd.SelectiveScan.apply(*most, dt_softplus, start, reset, _needs_gradient(tensors))
+    y, final_state, _ = _run(_autograd.SelectiveScan, *most, dt_softplus, start, reset, _needs_gradient(tensors))
     return y, final_state
 
 
 def linear_scan(
     a: Tensor, u: Tensor, *, h0: Tensor | None = None, reset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`ssmlens.ops.linear_scan` for real a, which broadcasts to u."""
-    s = _state_dtype(u)
+    """`ssmlens.ops.linear_scan`; a broadcasts to u. h is complex where a or u is."""
+    s = _state_dtype(u.real if u.is_complex() else u)
+    if any(t is not None and t.is_complex() for t in (a, u, h0)):
+        a, u, h0 = _complex(a, s), _complex(u, s), _complex(h0, s)
     batch, length, *state = u.shape
     flat = [_input(t, s).reshape(batch, length, -1) for t in (a.expand_as(u), u)]
     start = None if h0 is None else _state(h0, s).reshape(batch, -1)
-    h, final_state, _ = _autograd.LinearScan.apply(*flat, start, reset, _needs_gradient([*flat, start]))
+    h, final_state, _ = _run(_autograd.LinearScan, *flat, start, reset, _needs_gradient([*flat, start]))
     return h.view(batch, length, *state), final_state.view(batch, *state)
 
 
@@ -102,7 +107,7 @@ def causal_conv1d(
     """`ssmlens.ops.causal_conv1d`. The final state is zero where a later token could not reach it because of a reset."""
     s = _state_dtype(x)
     xs, first = _input(x, s), _input(initial, s)
-    y = _autograd.CausalConv1d.apply(xs, _state(weight, s), _state(bias, s), activation == "silu", first, reset)
+    y = _run(_autograd.CausalConv1d, xs, _state(weight, s), _state(bias, s), activation == "silu", first, reset)
     return y, _last_tokens(xs, weight.shape[1] - 1, first, reset, s)
 
 
@@ -120,9 +125,17 @@ def rwkv4_attention(
     s = _state_dtype(v)
     carried = (None, None, None) if state is None else tuple(_state(t, s) for t in state)
     tensors = [*(_input(t, s) for t in (r, k, v)), _state(w, s), _state(u, s), *carried]
-    y, *final_state, _ = _autograd.Rwkv4.apply(*tensors, reset, _needs_gradient(tensors))
+    y, *final_state, _ = _run(_autograd.Rwkv4, *tensors, reset, _needs_gradient(tensors))
     p, s_T, m = final_state
     return y, (p, s_T, m)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
+    """`ssmlens.ops.rms_norm`."""
+    s = _state_dtype(x)
+    rows = _input(x, s) if x.dim() == 3 else _input(x, s).reshape(1, -1, x.shape[-1])
+    y, _ = _run(_autograd.RmsNorm, rows, _state(weight, s), eps)
+    return y.view(x.shape)
 
 
 def exponentials(dt: Tensor, A: Tensor) -> Tensor:
@@ -150,6 +163,14 @@ def _last_tokens(x: Tensor, count: int, initial: Maybe, reset: Maybe, dtype: tor
         later = resets.flip(1).cumsum(1).flip(1) - resets.long()  # resets after each token
         last = last.masked_fill((later > 0)[..., None], 0)
     return last
+
+
+def _run(function: Any, *arguments: Any) -> Any:
+    """An autograd function; where nothing can ask for a gradient, as in generation, its operator alone: for one token, autograd
+    takes several times as long."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return function.forward(*arguments)
 
 
 def _needs_gradient(tensors: list[Maybe]) -> bool:

@@ -1,5 +1,5 @@
 """Gradients of the CPU operators: each forward operator with its backward operator, as autograd functions that torch.compile
-and torch.func understand. The backward operators have no derivative themselves; asking for one is refused.
+and torch.func understand. The backward operators have no derivative themselves; asking for one is refused, but for rms_norm's.
 
 Under vmap the mapped dimension is folded into the batch, so a Jacobian by many probes is one call. In the backward functions
 the gradients may then be `samples` times as many sequences as the inputs, and parameter gradients have that leading dimension.
@@ -10,12 +10,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ssmlens.ops.cpu._vmap import (
+from ssmlens.ops import reference
+from ssmlens.ops._vmap import (
     backward_vmap,
     first_if_given,
     fold_all,
     if_given,
     one_by_one,
+    one_call,
     scan_parameters,
     unfold,
     unfold_all,
@@ -54,6 +56,7 @@ class SelectiveScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Maybe, dfinal: Maybe, _: Maybe) -> Any:
         *tensors, saved = ctx.saved_tensors
         x, _, _, B, C, D, z, dt_bias, h0, _ = tensors
@@ -130,6 +133,7 @@ class LinearScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dh: Maybe, dfinal: Maybe, _: Maybe) -> Any:
         saved, a, u, h0, reset = ctx.saved_tensors
         _must_have_saved("linear_scan", ctx.save)
@@ -177,6 +181,7 @@ class CausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, initial, reset)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, initial, reset = ctx.saved_tensors
         gradients = CausalConv1dBackward.apply(dy, x, weight, bias, ctx.silu, initial, reset, 1)
@@ -245,6 +250,7 @@ class Rwkv4(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Maybe, dp: Maybe, ds: Maybe, dm: Maybe, _: Maybe) -> Any:
         saved, *tensors = ctx.saved_tensors
         v, state = tensors[2], tensors[5:8]
@@ -296,6 +302,71 @@ class Rwkv4Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return backward_vmap(Rwkv4Backward, info, in_dims, arguments, 5, 4, (3, 4))
+
+
+class RmsNorm(torch.autograd.Function):
+    """(x, weight, eps) → (y, 1 / root mean square of each row)."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Maybe, eps: float) -> Any:
+        return ops.cpu_rms_norm(x, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(output[1], x, weight)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @one_call
+    def backward(ctx: Any, dy: Maybe, _: Maybe) -> Any:
+        inverse, x, weight = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
+        dx, dweight = RmsNormBackward.apply(dy, inverse, x, weight, ctx.eps, 1)
+        return dx, first_if_given(weight, dweight), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        if in_dims[1] is not None:
+            return one_by_one(RmsNorm, info, in_dims, arguments)
+        return unfold_all(RmsNorm.apply(*fold_all(arguments, in_dims, info.batch_size, (1,))), info.batch_size)
+
+
+class RmsNormBackward(torch.autograd.Function):
+    """(dy, 1 / root mean square, x, weight, eps, samples) → gradients to x, weight."""
+
+    @staticmethod
+    def forward(dy: Tensor, inverse: Tensor, x: Tensor, weight: Maybe, eps: float, samples: int) -> Any:
+        return ops.cpu_rms_norm_backward(dy, inverse, x, weight, eps, samples)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        dy, _, x, weight, ctx.eps, ctx.samples = inputs
+        ctx.save_for_backward(dy, x, weight)
+
+    @staticmethod
+    @one_call
+    def backward(ctx: Any, ddx: Tensor, ddweight: Tensor) -> Any:
+        """The second derivative: the first one of the first one of the reference. Any norm stands between two scans, and not
+        every scan refuses."""
+        dy, x, weight = ctx.saved_tensors
+        eps, samples, wide = ctx.eps, ctx.samples, torch.promote_types(x.dtype, torch.float32)
+
+        def gradients(dy: Tensor, *inputs: Tensor) -> Any:
+            own = (inputs[0].to(wide), *inputs[1:])
+            _, pull, *_ = torch.func.vjp(lambda x, w=None: reference.rms_norm(x, w, eps=eps), *own)
+            dx, *dweight = torch.func.vmap(pull)(dy.to(wide).unflatten(0, (samples, -1)))
+            return dx.flatten(0, 1).to(x.dtype), *dweight
+
+        inputs, above = ((x,), (ddx,)) if weight is None else ((x, weight), (ddx, ddweight))
+        _, pull, *_ = torch.func.vjp(gradients, dy, *inputs)
+        to_dy, to_x, *to_weight = pull(above)
+        return to_dy, None, to_x, *(to_weight or [None]), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return backward_vmap(RmsNormBackward, info, in_dims, arguments, 2, 1, (1,))
 
 
 def _must_have_saved(name: str, saved: bool) -> None:

@@ -26,6 +26,7 @@ _SCAN = (
 )
 _LINEAR = "Tensor a, Tensor u, Tensor? h0, Tensor? reset"
 _CONVOLUTION = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial, Tensor? reset"
+_NORM = "Tensor x, Tensor? weight, float eps"
 _RWKV4 = "Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? p, Tensor? s, Tensor? m, Tensor? reset"
 
 
@@ -44,6 +45,8 @@ for _signature in (
     f"cpu_rwkv4_attention({_RWKV4}, bool save) -> {_tensors(5)}",
     f"cpu_rwkv4_attention_backward(Tensor dy, Tensor? dp, Tensor? ds, Tensor? dm, Tensor saved, {_RWKV4}, int samples) "
     f"-> {_tensors(8)}",
+    f"cpu_rms_norm({_NORM}) -> {_tensors(2)}",
+    f"cpu_rms_norm_backward(Tensor dy, Tensor inverse, {_NORM}, int samples) -> {_tensors(2)}",
     "cpu_exponentials(Tensor dt, Tensor A) -> Tensor",
 ):
     _library.define(_signature)
@@ -191,13 +194,17 @@ def _exponentials(sums: Tensor, dt: Tensor, A: Tensor) -> None:
 _CHUNK = 32  # steps between saved states, in linear_scan.h and rwkv4.h
 
 
+def _state_of(u: Tensor) -> torch.dtype:
+    return u.dtype if u.is_complex() else _real_state(u)
+
+
 def _real_state(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _linear_outputs(a: Tensor, u: Tensor, h0: Maybe, reset: Maybe, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, inner = u.shape
-    state = _real_state(u)
+    state = _state_of(u)
     saved = u.new_empty((batch, _chunks(length, _CHUNK), inner) if save else 0, dtype=state)
     return _like(u), u.new_empty(batch, inner, dtype=state), saved
 
@@ -297,6 +304,30 @@ def _rwkv4_backward(outputs: tuple[Tensor, ...], dy: Tensor, dp: Maybe, ds: Mayb
     )
 
 
+# ------------------------------------------------------------------------------------------------------------- rms_norm
+
+
+def _norm_outputs(x: Tensor, weight: Maybe, eps: float) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty(x.shape[:2], dtype=_real_state(x))
+
+
+def _norm(outputs: tuple[Tensor, ...], x: Tensor, weight: Maybe, eps: float) -> None:
+    torch.ops.ssmlens_cpu.rms_norm(_rows(x), _dense(weight), eps, *outputs)
+
+
+def _norm_gradients(dy: Tensor, inverse: Tensor, x: Tensor, weight: Maybe, eps: float,
+                    samples: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _like(x, dy.shape), _optional(weight, (samples, x.shape[2]))
+
+
+def _norm_backward(outputs: tuple[Tensor, ...], dy: Tensor, inverse: Tensor, x: Tensor, weight: Maybe, eps: float,
+                   samples: int) -> None:  # fmt: skip
+    dx, dweight = outputs
+    torch.ops.ssmlens_cpu.rms_norm_backward(
+        _rows(dy), inverse.contiguous(), _rows(x), _dense(weight), eps, samples, dx, _present(dweight, weight)
+    )
+
+
 _operator("cpu_selective_scan", _scan_outputs, _scan)
 _operator("cpu_selective_scan_backward", _scan_gradients, _scan_backward)
 _operator("cpu_linear_scan", _linear_outputs, _linear)
@@ -305,4 +336,6 @@ _operator("cpu_causal_conv1d", _convolution_outputs, _convolution)
 _operator("cpu_causal_conv1d_backward", _convolution_gradients, _convolution_backward)
 _operator("cpu_rwkv4_attention", _rwkv4_outputs, _rwkv4)
 _operator("cpu_rwkv4_attention_backward", _rwkv4_gradients, _rwkv4_backward)
+_operator("cpu_rms_norm", _norm_outputs, _norm)
+_operator("cpu_rms_norm_backward", _norm_gradients, _norm_backward)
 _operator("cpu_exponentials", _exponential_sums, _exponentials)

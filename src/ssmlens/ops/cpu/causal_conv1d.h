@@ -61,28 +61,9 @@ template <class T> struct CausalConv1d {
     for (int64_t t = from; t < to; ++t) {
       const Rows& rows = t < 0 ? initial : x;
       const int64_t at = t < 0 ? t + width - 1 : t;
-      w.rows[t - from] = rows ? row_of(rows, b, at, &w.converted[(t - from) * blocks]) : nullptr;
+      w.rows[t - from] = rows ? row_of<T>(rows, b, at, d, &w.converted[(t - from) * blocks]) : nullptr;
     }
   }
-  const T* row_of(const Rows& rows, int64_t b, int64_t t, V* converted) const {
-    if (rows.format == Format::full) return reinterpret_cast<const T*>(rows.at(b, t));
-    read_rows<T>(rows, b, t, 1, 0, d, 1, converted);
-    return reinterpret_cast<const T*>(converted);
-  }
-  // Where to put a row, and then to call `written`.
-  T* out_row(const OutRows& rows, int64_t b, int64_t t, Scratch<V>& scratch) const {
-    return reinterpret_cast<T*>(rows.format == Format::full ? rows.at(b, t) : reinterpret_cast<char*>(scratch.data()));
-  }
-  void written(const OutRows& rows, int64_t b, int64_t t, const Scratch<V>& scratch) const {
-    if (rows.format != Format::full) write_rows<T>(rows, b, t, 1, 0, d, 1, scratch.data());
-  }
-  // work(k, lanes) for every vector of a row; whole ones know that they are.
-  template <class Work> void for_each_vector(const Work& work) const {
-    const int64_t whole = d / lanes;
-    for (int64_t k = 0; k < whole; ++k) work(k, Int<lanes>{});
-    if (d % lanes) work(whole, int(d % lanes));
-  }
-
   // rows[-j] is the row of tap j.
   INLINE V preactivation(const CausalConv1d& c, const T* const* rows, int64_t count, int64_t k, int m) {
     V sum = c.taps[c.width * c.blocks + k];
@@ -99,14 +80,14 @@ template <class T> struct CausalConv1d {
         const int64_t b = unit / runs, from = unit % runs * rows_per_run, to = std::min(length, from + rows_per_run);
         read_window(b, from - width + 1, to, seen);
         for (int64_t t = from; t < to; ++t) {
-          T* out = out_row(y, b, t, scratch);
+          T* out = out_row<T>(y, b, t, scratch.data());
           const T* const* rows = seen.row(t);
           const int64_t taps_of_t = count(b, t);
-          for_each_vector([&](int64_t k, auto m) ALWAYS {
+          for_each_vector<T>(d, [&](int64_t k, auto m) ALWAYS {
             const V pre = preactivation(*this, rows, taps_of_t, k, m);
             store<T>(out + k * lanes, silu ? pre * sigmoid<T>(pre) : pre, m);
           });
-          written(y, b, t, scratch);
+          written<T>(y, b, t, d, scratch.data());
         }
       }
     });
@@ -162,10 +143,10 @@ template <class T> struct CausalConv1d {
     read_window(source, from - width + 1, end, w.seen);
     for (int64_t t = from; t < end; ++t) {
       const T* const* rows = w.seen.row(t);
-      const T* dy = row_of(g.dy, b, t, w.dy.data());
+      const T* dy = row_of<T>(g.dy, b, t, d, w.dy.data());
       V* dpre = &w.dpre[(t - from) * blocks];
       const int64_t taps_of_t = count(source, t);
-      for_each_vector([&](int64_t k, auto m) ALWAYS {
+      for_each_vector<T>(d, [&](int64_t k, auto m) ALWAYS {
         V gradient = load<T>(dy + k * lanes, m);
         if (silu) {
           const V pre = preactivation(*this, rows, taps_of_t, k, m), s = sigmoid<T>(pre);
@@ -180,15 +161,15 @@ template <class T> struct CausalConv1d {
     for (int64_t t = from == 0 && g.dinitial ? 1 - width : from; t < to; ++t) {
       const OutRows& rows = t < 0 ? g.dinitial : g.dx;
       const int64_t at = t < 0 ? t + width - 1 : t;
-      T* dx = out_row(rows, b, at, w.dx);
+      T* dx = out_row<T>(rows, b, at, w.dx.data());
       const int64_t first = std::max<int64_t>(0, -t), last = std::min(width, end - t);
-      for_each_vector([&](int64_t k, auto m) ALWAYS {
+      for_each_vector<T>(d, [&](int64_t k, auto m) ALWAYS {
         V sum{};
         for (int64_t j = first; j < last; ++j)
           if (!reset || j < count(source, t + j)) sum += taps[j * blocks + k] * w.dpre[(t + j - from) * blocks + k];
         store<T>(dx + k * lanes, sum, m);
       });
-      written(rows, b, at, w.dx);
+      written<T>(rows, b, at, d, w.dx.data());
     }
   }
 };

@@ -144,6 +144,84 @@ NOINLINE void write_rows(const OutRows& rows, int64_t b, int64_t start, int64_t 
   });
 }
 
+// Complex numbers stand one after another in memory (always in full precision), their parts in vectors of their own.
+#if defined(__clang__) || __GNUC__ >= 12
+template <class T, int... l> INLINE Complex<Vec<T>> apart(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
+  return {__builtin_shufflevector(a, b, (2 * l)...), __builtin_shufflevector(a, b, (2 * l + 1)...)};
+}
+template <int from, class V, int... l> INLINE V interleaved(V re, V im, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(re, im, (from + l / 2 + l % 2 * int(sizeof...(l)))...);
+}
+template <class T> INLINE Complex<Vec<T>> load_whole(const Complex<T>* from) {
+  const T* at = &from->re;
+  constexpr int width = Simd<T>::width;
+  return apart<T>(load<T>(at), load<T>(at + width), std::make_integer_sequence<int, width>{});
+}
+template <class T> INLINE void store_whole(Complex<T>* to, const Complex<Vec<T>>& v) {
+  T* at = &to->re;
+  constexpr int width = Simd<T>::width;
+  constexpr auto lanes = std::make_integer_sequence<int, width>{};
+  store<T>(at, interleaved<0>(v.re, v.im, lanes)), store<T>(at + width, interleaved<width / 2>(v.re, v.im, lanes));
+}
+#endif
+template <class T> INLINE Vec<T> load_numbers(const T* from, int count) { return load<T>(from, count); }
+template <class T> INLINE Complex<Vec<T>> load_numbers(const Complex<T>* from, int count) {
+#if defined(__clang__) || __GNUC__ >= 12
+  if (__builtin_expect(count == Simd<T>::width, 1)) return load_whole<T>(from);
+#endif
+  Complex<Vec<T>> v{};
+  for (int l = 0; l < count; ++l) set_lane(v, l, from[l]);
+  return v;
+}
+template <class T> INLINE void store_numbers(T* to, const Vec<T>& v, int count) { store<T>(to, v, count); }
+template <class T> INLINE void store_numbers(Complex<T>* to, const Complex<Vec<T>>& v, int count) {
+#if defined(__clang__) || __GNUC__ >= 12
+  if (__builtin_expect(count == Simd<T>::width, 1)) return store_whole<T>(to, v);
+#endif
+  for (int l = 0; l < count; ++l) get_lane(v, l, to[l]);
+}
+template <class T>
+NOINLINE void read_rows(const Rows& rows, int64_t b, int64_t start, int64_t steps, int64_t from, int64_t entries,
+                        int64_t stride, Complex<Vec<T>>* to) {
+  constexpr int width = Simd<T>::width;
+  for (int64_t i = 0; i < steps; ++i) {
+    const auto* row = reinterpret_cast<const Complex<T>*>(rows.at(b, start + i)) + from;
+    for (int64_t k = 0; k * width < entries; ++k)
+      to[k * stride + i] = load_numbers<T>(row + k * width, int(std::min<int64_t>(width, entries - k * width)));
+  }
+}
+template <class T>
+NOINLINE void write_rows(const OutRows& rows, int64_t b, int64_t start, int64_t steps, int64_t from, int64_t entries,
+                         int64_t stride, const Complex<Vec<T>>* v) {
+  constexpr int width = Simd<T>::width;
+  for (int64_t i = 0; i < steps; ++i) {
+    auto* row = reinterpret_cast<Complex<T>*>(rows.at(b, start + i)) + from;
+    for (int64_t k = 0; k * width < entries; ++k)
+      store_numbers<T>(row + k * width, v[k * stride + i], int(std::min<int64_t>(width, entries - k * width)));
+  }
+}
+
+// A whole row of d numbers: in its tensor, or converted into scratch memory.
+template <class T> const T* row_of(const Rows& rows, int64_t b, int64_t t, int64_t d, Vec<T>* converted) {
+  if (rows.format == Format::full) return reinterpret_cast<const T*>(rows.at(b, t));
+  read_rows<T>(rows, b, t, 1, 0, d, 1, converted);
+  return reinterpret_cast<const T*>(converted);
+}
+// Where to put a row, and then to call `written`.
+template <class T> T* out_row(const OutRows& rows, int64_t b, int64_t t, Vec<T>* scratch) {
+  return reinterpret_cast<T*>(rows.format == Format::full ? rows.at(b, t) : reinterpret_cast<char*>(scratch));
+}
+template <class T> void written(const OutRows& rows, int64_t b, int64_t t, int64_t d, const Vec<T>* scratch) {
+  if (rows.format != Format::full) write_rows<T>(rows, b, t, 1, 0, d, 1, scratch);
+}
+// work(k, lanes) for every vector of such a row; whole ones know that they are.
+template <class T, class Work> void for_each_vector(int64_t d, const Work& work) {
+  constexpr int lanes = Simd<T>::width;
+  const int64_t whole = d / lanes;
+  for (int64_t k = 0; k < whole; ++k) work(k, Int<lanes>{});
+  if (d % lanes) work(whole, int(d % lanes));
+}
+
 // Cache lines that will be wanted soon, of several tensors: fetched one by one, row by row, while something else is computed.
 // (Rows are far apart in memory, which the hardware does not foresee.)
 class Ahead {

@@ -1,6 +1,6 @@
 // RWKV-4's normalised attention, per sequence and channel, with sums carried relative to a running maximum m:
 //   y_t = σ(r) (p e^{m-q} + e^{u+k-q} v) / (s e^{m-q} + e^{u+k-q})            q = max(m, u + k), and 0 where nothing has weight
-//   p ← p e^{f-m'} + e^{k-m'} v    s ← s e^{f-m'} + e^{k-m'}    m ← m'        f = max(m - w, lowest), m' = max(f, k)
+//   p ← p e^{f-m'} + e^{k-m'} v    s ← s e^{f-m'} + e^{k-m'}    m ← m'        f = m - w, m' = max(f, k, lowest)
 //
 // r, k, v, y (batch, length, d)   w, u (d)   the state p, s, m: each (batch, d)   reset (batch, length): the state is emptied
 // Of two exponentials of a difference with a maximum one is always 1. The forward pass can save the state at the start of
@@ -58,14 +58,19 @@ template <class T> struct Rwkv4 {
     const V inverse = sum == T(0) ? V{} : T(1) / sum;
     return {e, inverse, (e.x * h.p + e.y * v) * inverse};
   }
-  INLINE V faded(const State& h, V w) {
-    const V m = h.m - w;
-    return m < splat<T>(lowest) ? splat<T>(lowest) : m;
+  struct Step {
+    V top;             // max(f, lowest)
+    Weights weights;   // of the past, of the token; below `lowest` (w is infinite) nothing is left of the past
+  };
+  INLINE Step step(const State& h, V w, V k) {
+    const V f = h.m - w, low = splat<T>(lowest), top = f < low ? low : f;
+    Weights e = weights(top, k);
+    e.x = f < low ? V{} : e.x;
+    return {top, e};
   }
   INLINE State after(const State& h, V w, V k, V v) {
-    const V f = faded(h, w);
-    const Weights e = weights(f, k);
-    return {e.x * h.p + e.y * v, e.x * h.s + e.y, f > k ? f : k};
+    const Step s = step(h, w, k);
+    return {s.weights.x * h.p + s.weights.y * v, s.weights.x * h.s + s.weights.y, s.top > k ? s.top : k};
   }
 
   // y (batch, length, d); p, s, m (batch, d); saved (batch, chunks, 3, d), or null.
@@ -169,8 +174,7 @@ template <class T> struct Rwkv4 {
       const V dnumerator = dys[i] * gate * y.inverse, dsum = -dnumerator * y.value;
       const V dhere = (dnumerator * v_i + dsum) * y.weights.y, dm_read = (dnumerator * h.p + dsum * h.s) * y.weights.x;
 
-      const V f = faded(h, w_block);
-      const Weights e = weights(f, k_i);
+      const auto [f, e] = step(h, w_block, k_i);
       const V df_weight = (dh.p * h.p + dh.s * h.s) * e.x, dk_weight = (dh.p * v_i + dh.s) * e.y;
       const V dtop = dh.m - df_weight - dk_weight;  // half to each of two equal ones
       const V share = f > k_i ? one : f == k_i ? one * T(0.5) : V{};

@@ -11,6 +11,7 @@
 #include "causal_conv1d.h"
 #include "exponentials.h"
 #include "linear_scan.h"
+#include "rms_norm.h"
 #include "rwkv4.h"
 #include "selective_scan.h"
 
@@ -50,15 +51,16 @@ template <class F> void dispatch(const Tensor& like, const F& f) {
   }
 }
 
-// ---------------------------------------------------------------- selective_scan
-template <class F> void dispatch_scan(const Tensor& A, const F& f) {
-  switch (A.scalar_type()) {
-    case ScalarType::Double: return f(SelectiveScan<double, false>{});
-    case ScalarType::ComplexFloat: return f(SelectiveScan<float, true>{});
-    case ScalarType::ComplexDouble: return f(SelectiveScan<double, true>{});
-    default: return f(SelectiveScan<float, false>{});
+template <template <class, bool> class Scan, class F> void dispatch_scan(const Tensor& like, const F& f) {
+  switch (like.scalar_type()) {
+    case ScalarType::Double: return f(Scan<double, false>{});
+    case ScalarType::ComplexFloat: return f(Scan<float, true>{});
+    case ScalarType::ComplexDouble: return f(Scan<double, true>{});
+    default: return f(Scan<float, false>{});
   }
 }
+
+// ---------------------------------------------------------------- selective_scan
 template <class Scan> void set(typename Scan::Coefficients& m, const Tensor& t) {
   m.varies = t.dim() == 3;
   m.rows_are_complex = is_complex(t);
@@ -89,7 +91,7 @@ void prepare(Scan& s, const Tensor& x, const Tensor& dt, const Tensor& A, const 
 NOINLINE void selective_scan(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const Maybe& D,
                     const Maybe& z, const Maybe& dt_bias, bool dt_softplus, const Maybe& h0, const Maybe& reset, int64_t chunk,
                     Tensor y, Tensor final_state, Tensor saved) {
-  dispatch_scan(A, [&](auto s) {
+  dispatch_scan<SelectiveScan>(A, [&](auto s) {
     using Scan = decltype(s);
     prepare(s, x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
     s.forward({out_rows(y), out<typename Scan::K>(final_state), saved.numel() ? out<typename Scan::N>(saved) : nullptr},
@@ -102,7 +104,7 @@ NOINLINE void selective_scan_backward(const Tensor& dy, const Maybe& dfinal, con
                              const Maybe& dt_bias, bool dt_softplus, const Maybe& h0, const Maybe& reset, int64_t chunk,
                              int64_t samples, Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Maybe dD, Maybe dz,
                              Maybe ddt_bias, Maybe dh0) {
-  dispatch_scan(A, [&](auto s) {
+  dispatch_scan<SelectiveScan>(A, [&](auto s) {
     using Scan = decltype(s);
     using T = typename Scan::Element;
     using K = typename Scan::K;
@@ -122,22 +124,23 @@ NOINLINE void only_exponentials(const Tensor& dt, const Tensor& A, Tensor sums) 
 }
 
 // ---------------------------------------------------------------- linear_scan
-template <class T> LinearScan<T> linear(const Tensor& a, const Tensor& u, const Maybe& h0, const Maybe& reset) {
-  return {u.size(0), u.size(1), u.size(2), rows(a), rows(u), rows(reset), data<T>(h0)};
+template <class Scan> Scan linear(const Tensor& a, const Tensor& u, const Maybe& h0, const Maybe& reset) {
+  return {u.size(0), u.size(1), u.size(2), rows(a), rows(u), rows(reset), data<typename Scan::K>(h0)};
 }
 NOINLINE void linear_scan(const Tensor& a, const Tensor& u, const Maybe& h0, const Maybe& reset, Tensor h, Tensor final_state,
                  Tensor saved) {
-  dispatch(final_state, [&](auto zero) {
-    using T = decltype(zero);
-    linear<T>(a, u, h0, reset).forward(out_rows(h), out<T>(final_state), saved.numel() ? out<T>(saved) : nullptr, parallel);
+  dispatch_scan<LinearScan>(final_state, [&](auto like) {
+    using K = typename decltype(like)::K;
+    linear<decltype(like)>(a, u, h0, reset)
+        .forward(out_rows(h), out<K>(final_state), saved.numel() ? out<K>(saved) : nullptr, parallel);
   });
 }
 NOINLINE void linear_scan_backward(const Tensor& dh, const Maybe& dfinal, const Tensor& saved, const Tensor& a, const Tensor& u,
                           const Maybe& h0, const Maybe& reset, Tensor da, Tensor du, Maybe dh0) {
-  dispatch(saved, [&](auto zero) {
-    using T = decltype(zero);
-    linear<T>(a, u, h0, reset)
-        .backward({dh.size(0), rows(dh), data<T>(dfinal), data<T>(saved), out_rows(da), out_rows(du), out<T>(dh0)}, parallel);
+  dispatch_scan<LinearScan>(saved, [&](auto like) {
+    using K = typename decltype(like)::K;
+    linear<decltype(like)>(a, u, h0, reset)
+        .backward({dh.size(0), rows(dh), data<K>(dfinal), data<K>(saved), out_rows(da), out_rows(du), out<K>(dh0)}, parallel);
   });
 }
 
@@ -198,6 +201,25 @@ NOINLINE void rwkv4_attention_backward(const Tensor& dy, const Maybe& dp, const 
   });
 }
 
+// ---------------------------------------------------------------- rms_norm
+template <class T> RmsNorm<T> norm(const Tensor& x, const Maybe& weight, double eps) {
+  return {x.size(0), x.size(1), x.size(2), rows(x), data<T>(weight), T(eps)};
+}
+NOINLINE void rms_norm(const Tensor& x, const Maybe& weight, double eps, Tensor y, Tensor inverse) {
+  dispatch(inverse, [&](auto zero) {
+    using T = decltype(zero);
+    norm<T>(x, weight, eps).forward(out_rows(y), out<T>(inverse), parallel);
+  });
+}
+NOINLINE void rms_norm_backward(const Tensor& dy, const Tensor& inverse, const Tensor& x, const Maybe& weight, double eps,
+                       int64_t samples, Tensor dx, Maybe dweight) {
+  dispatch(inverse, [&](auto zero) {
+    using T = decltype(zero);
+    norm<T>(x, weight, eps)
+        .backward({dy.size(0), samples, rows(dy), data<T>(inverse), out_rows(dx), out<T>(dweight)}, parallel);
+  });
+}
+
 int64_t vector_width() { return vector_bytes; }
 
 }  // namespace
@@ -225,6 +247,9 @@ STABLE_TORCH_LIBRARY(ssmlens_cpu, m) {
         "Tensor v, Tensor w, Tensor u, Tensor? p, Tensor? s, Tensor? m, Tensor? reset, int samples, Tensor(a!) dr, "
         "Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dw, Tensor(e!) du, Tensor(f!)? dp0, Tensor(g!)? ds0, Tensor(h!)? dm0) "
         "-> ()");
+  m.def("rms_norm(Tensor x, Tensor? weight, float eps, Tensor(a!) y, Tensor(b!) inverse) -> ()");
+  m.def("rms_norm_backward(Tensor dy, Tensor inverse, Tensor x, Tensor? weight, float eps, int samples, Tensor(a!) dx, "
+        "Tensor(b!)? dweight) -> ()");
   m.def("vector_bytes() -> int");
 }
 
@@ -238,5 +263,7 @@ STABLE_TORCH_LIBRARY_IMPL(ssmlens_cpu, CPU, m) {
   m.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
   m.impl("rwkv4_attention", TORCH_BOX(&rwkv4_attention));
   m.impl("rwkv4_attention_backward", TORCH_BOX(&rwkv4_attention_backward));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(ssmlens_cpu, CompositeExplicitAutograd, m) { m.impl("vector_bytes", TORCH_BOX(&vector_width)); }

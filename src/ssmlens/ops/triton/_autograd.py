@@ -1,7 +1,7 @@
 """Gradients of the Triton operators: each forward operator with its backward operator, as autograd functions that
 torch.compile and torch.func understand. The backward operators have no derivative themselves; asking for one is refused.
 
-Under vmap the mapped dimension is folded into the batch, as in `ssmlens.ops.cpu._autograd`.
+Under vmap the mapped dimension is folded into the batch, as in `ssmlens.ops._vmap`.
 """
 
 from typing import Any, NoReturn
@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ssmlens.ops.cpu._vmap import (
+from ssmlens.ops._vmap import (
     backward_vmap,
     first_if_given,
     fold_all,
     if_given,
     one_by_one,
+    one_call,
     scan_parameters,
     unfold,
     unfold_all,
@@ -60,6 +61,7 @@ class SelectiveScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Maybe, dfinal: Maybe, _: Maybe) -> Any:
         *tensors, saved = ctx.saved_tensors
         x, _, _, B, C, D, z, dt_bias, h0, _ = tensors
@@ -131,6 +133,7 @@ class LinearScan(torch.autograd.Function):
         ctx.save_for_backward(a, output, h0, reset)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dh: Tensor) -> Any:
         a, h, h0, reset = ctx.saved_tensors
         da, du, dh0 = LinearScanBackward.apply(dh, a, h, h0, reset, 1)
@@ -174,6 +177,7 @@ class CausalConv1d(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, initial, reset)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, bias, initial, reset = ctx.saved_tensors
         gradients = CausalConv1dBackward.apply(dy, x, weight, bias, ctx.silu, initial, reset, 1)
@@ -229,6 +233,7 @@ class GatedLinearAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @one_call
     def backward(ctx: Any, dy: Maybe, dfinal: Maybe) -> Any:
         tensors = ctx.saved_tensors
         _, _, v, _, bonus, h0, _ = tensors

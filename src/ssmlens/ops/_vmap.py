@@ -1,6 +1,7 @@
-"""vmap of the kernels' operators, C++ and Triton: the mapped dimension is folded into the batch, so a Jacobian by many probes is one call."""
+"""vmap of the operators: the mapped dimension is folded into the batch, so a Jacobian by many probes is one call."""
 
-from collections.abc import Container
+import functools
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -76,3 +77,41 @@ def if_given(given: Tensor | None, gradient: Tensor) -> Tensor | None:
 
 def first_if_given(given: Tensor | None, gradient: Tensor) -> Tensor | None:
     return None if given is None else gradient[0]
+
+
+def one_call(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the `backward` of an autograd function that has a vmap. torch.autograd.grad(..., is_grads_batched=True) maps it with
+    PyTorch's older vmap, which never asks for that and runs an operator once for each gradient; here it becomes torch.func.vmap."""
+
+    @functools.wraps(backward)
+    def mapped(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *gradients)
+        if not any(_in_older_vmap(g) for g in gradients):
+            return backward(ctx, *gradients)
+        level = _older_level()
+        dims = tuple(0 if _in_older_vmap(g) else None for g in gradients)
+        plain = (
+            torch._remove_batch_dim(g, level, 0, 0) if g is not None and _in_older_vmap(g) else g for g in gradients
+        )
+        places: list[bool] = []
+
+        def found(*own: Tensor | None) -> tuple[Tensor, ...]:
+            results = backward(ctx, *own)
+            places[:] = [r is not None for r in results]
+            return tuple(r for r in results if r is not None)
+
+        results = iter(torch.func.vmap(found, in_dims=dims)(*plain))
+        return tuple(torch._add_batch_dim(next(results), 0, level) if given else None for given in places)
+
+    return mapped
+
+
+def _in_older_vmap(x: Tensor | None) -> bool:
+    return x is not None and bool(torch._C._functorch.is_legacy_batchedtensor(x))
+
+
+def _older_level() -> int:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return int(level)
