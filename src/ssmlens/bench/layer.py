@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssmlens.bench import scan
+
+OURS, THEIRS, PRODUCTS = "ssmlens", "transformers", "its matrix products alone"
+POLARIZED = "ssmlens, polarized"
+
 
 @dataclass(frozen=True)
 class Size:
@@ -18,7 +23,7 @@ class Size:
     vocab_size: int = 256
 
     def __str__(self) -> str:
-        return f"{self.batch} × {self.length}, d_model {self.d_model}"
+        return f"{self.batch} × {self.length:,} tokens, d_model {self.d_model}, {self.layers} layer{'s' * (self.layers != 1)}"
 
 
 def _theirs(size: Size) -> nn.Module:
@@ -34,12 +39,12 @@ def _theirs(size: Size) -> nn.Module:
 
 def layers(size: Size) -> dict[str, Callable[[Tensor], Tensor]]:
     """The mixer of a one-layer model, theirs and ours with its weights: (batch, length, d_model) → the same."""
-    from ssmlens.models.pretrained.mamba import from_transformers_mamba
+    from ssmlens.models.pretrained import convert
 
     theirs: Any = _theirs(size)
-    ours: Any = from_transformers_mamba(theirs).backbone.blocks[0].mixer
+    ours: Any = convert(theirs).backbone.blocks[0].mixer
     mixer = theirs.backbone.layers[0].mixer
-    return {"ssmlens": lambda x: ours(x)[0], "transformers": lambda x: mixer(x)}
+    return {OURS: lambda x: ours(x)[0], THEIRS: lambda x: mixer(x)}
 
 
 def products(size: Size) -> list[tuple[Tensor, Tensor]]:
@@ -65,6 +70,13 @@ def multiply(pairs: list[tuple[Tensor, Tensor]], backward: bool) -> Callable[[],
     return run
 
 
+def expected(size: Size, backward: bool) -> float:
+    """Seconds that transformers takes for one pass through its layers, roughly, on two cores with AVX2: its scan's."""
+    return size.layers * scan.expected(
+        scan.TRANSFORMERS, scan.Shape(size.batch, size.length, 2 * size.d_model, 16), backward
+    )
+
+
 def layer_calls(size: Size, backward: bool) -> dict[str, Callable[[], object]]:
     x = torch.randn(size.batch, size.length, size.d_model, generator=torch.Generator().manual_seed(1))
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
@@ -82,7 +94,7 @@ def layer_calls(size: Size, backward: bool) -> dict[str, Callable[[], object]]:
         return both if backward else forward
 
     calls = {name: call(layer) for name, layer in layers(size).items()}
-    return {**calls, "its matrix products alone": multiply(products(size), backward)}
+    return {**calls, PRODUCTS: multiply(products(size), backward)}
 
 
 # ---- a training step ----
@@ -100,7 +112,7 @@ def steps(size: Size) -> dict[str, Callable[[], object]]:
         )
     )  # fmt: skip
     tokens = torch.randint(size.vocab_size, (size.batch, size.length), generator=torch.Generator().manual_seed(3))
-    return {"ssmlens, polarized": training(ours, tokens), "transformers": training(_theirs(size), tokens)}
+    return {POLARIZED: training(ours, tokens), THEIRS: training(_theirs(size), tokens)}
 
 
 def training(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
@@ -114,25 +126,3 @@ def training(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
         return None
 
     return step
-
-
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-
-
-def shares(step: Callable[[], object]) -> dict[str, float]:
-    """What part of one step's time goes to matrix products, to the scan, to everything else (the profiler's own included)."""
-    from torch.profiler import ProfilerActivity, profile
-
-    step()
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        step()
-    spent = {"matrix products": 0.0, "scan": 0.0, "everything else": 0.0}
-    for event in record.key_averages():
-        kind = (
-            "matrix products" if event.key in _PRODUCTS
-            else "scan" if event.key.startswith("ssmlens") and "scan" in event.key
-            else "everything else"
-        )  # fmt: skip
-        spent[kind] += event.self_cpu_time_total
-    total = sum(spent.values())
-    return {kind: t / total for kind, t in spent.items()}

@@ -1,20 +1,16 @@
-"""One sequence of very many tokens through a whole model, in a process of its own, whose memory is then that of this alone."""
+"""One sequence of very many tokens through a whole model: loss and hidden states of every token, without gradients, in one call."""
 
-import multiprocessing
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 
-from ssmlens.bench import memory
+import torch
+
 from ssmlens.bench.layer import Size
 
 
-def _run(size: Size, threads: int) -> tuple[float, int | None]:
-    import torch
-
+def measure(size: Size) -> float:
+    """Seconds of the one call. Raises RuntimeError where its loss is not a number."""
     from ssmlens.models import LanguageModel, LanguageModelConfig
 
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = LanguageModel(
         LanguageModelConfig(
@@ -29,10 +25,4 @@ def _run(size: Size, threads: int) -> tuple[float, int | None]:
         seconds = time.perf_counter() - begin
     if not bool(torch.isfinite(loss)):
         raise RuntimeError(f"the loss over {size.length} tokens is {loss.item()}")
-    return seconds, memory.resident("VmHWM") if sys.platform == "linux" else None
-
-
-def measure(size: Size, threads: int) -> tuple[float, int | None]:
-    """(seconds, bytes at the process's peak or None where the system does not tell)."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_run, size, threads).result()
+    return seconds

@@ -1,40 +1,34 @@
-"""How much memory a call needs beyond what its arguments take: measured in a process of its own, by the operating system, so that
-what C++ allocates counts too."""
+"""How much memory a call needs beyond what its arguments take, as the operating system sees it: what C++ allocates counts too.
 
-import multiprocessing
+Only the first measurement of a process counts: memory that earlier calls gave back may still be the process's own."""
+
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 
 
-def resident(field: str) -> int:
-    """Bytes: VmRSS (now) or VmHWM (the most so far) of this process."""
+def resident(field: str) -> int | None:
+    """Bytes: VmRSS (now) or VmHWM (the most so far) of this process. None where the system does not tell (not Linux)."""
+    if sys.platform != "linux":
+        return None
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {field}")
+    return None
 
 
-def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[object, ...], threads: int) -> int:
-    import torch
-
-    torch.set_num_threads(threads)
-    small = prepare(*arguments)
+def extra(call: Callable[[], object]) -> int | None:
+    """Bytes that call() needs at its peak beyond what stood before it. None where the system does not tell."""
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
-    result = small()
+    if before is None:
+        return None
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the most so far
+    except OSError:  # some containers forbid it
+        return None
+    result = call()
     peak = resident("VmHWM")
     del result
-    return max(0, peak - before)
-
-
-def extra(prepare: Callable[..., Callable[[], object]], *arguments: object, threads: int) -> int | None:
-    """Bytes that prepare(*arguments)() needs at its peak beyond what stood before it. `prepare` must be importable: it runs in
-    a new process. None where the system does not tell (not Linux)."""
-    if sys.platform != "linux":
-        return None
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, prepare, arguments, threads).result()
+    return None if peak is None else max(0, peak - before)

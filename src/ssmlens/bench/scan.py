@@ -17,6 +17,30 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 OURS, CHUNKED, REFERENCE = "ssmlens, C++", "ssmlens, pure torch", "ssmlens, reference"
 MAMBAPY, TRANSFORMERS, LOOP = "mambapy pscan", "transformers", "token loop"
 PROMISED = (OURS, CHUNKED, MAMBAPY, TRANSFORMERS, LOOP, REFERENCE)
+FLOOR, TORCH_EXP = "floor: the kernel's exponentials", "torch.exp"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that a call is expected to take, for planning only: forward and forward + backward an element, overhead a token, and
+    what the backward pass costs an element and token of length where it makes a gradient as long as the sequence for every token."""
+
+    forward: float
+    both: float
+    token: float = 0.0
+    square: float = 0.0
+
+
+RATES = {
+    OURS: Rates(0.14e-9, 0.5e-9),
+    CHUNKED: Rates(3e-9, 17e-9),
+    MAMBAPY: Rates(9e-9, 22e-9),
+    TRANSFORMERS: Rates(7e-9, 20e-9, token=5e-5, square=2.5e-9),
+    LOOP: Rates(2.6e-9, 10e-9, token=5e-5, square=5e-11),
+    REFERENCE: Rates(10e-9, 20e-9, token=5e-5, square=2.5e-9),
+    FLOOR: Rates(0.09e-9, 0.09e-9),
+    TORCH_EXP: Rates(0.2e-9, 0.2e-9),
+}
 
 
 @dataclass(frozen=True)
@@ -124,9 +148,16 @@ def both(name: str, shape: Shape) -> Callable[[], object]:
 
 
 def both_warm(name: str, shape: Shape) -> Callable[[], object]:
-    """`both`, after a small call that loads what is loaded once (for measuring memory)."""
+    """`both`, after a small call that loads what is loaded once."""
     both(name, Shape(1, 4, 8, shape.d_state))()
     return both(name, shape)
+
+
+def expected(name: str, shape: Shape, backward: bool) -> float:
+    """Seconds of one call, roughly, on two cores with AVX2."""
+    r = RATES[name]
+    once = (r.both if backward else r.forward) * shape.elements + r.token * shape.length * (3 if backward else 1)
+    return once + (r.square * shape.elements * shape.length if backward else 0.0)
 
 
 def exponentials(shape: Shape) -> Callable[[], object]:
@@ -138,6 +169,7 @@ def exponentials(shape: Shape) -> Callable[[], object]:
 
 
 def torch_exp(shape: Shape) -> Callable[[], object]:
-    """One torch.exp over as many numbers, in place: no memory is allocated in the timed call."""
-    values = torch.empty(shape.elements).uniform_(-1, 0)
-    return lambda: torch.exp(values, out=values)
+    """One torch.exp over as many numbers, into memory that is there already."""
+    values = torch.empty(shape.elements).uniform_(-1, 0, generator=torch.Generator().manual_seed(0))
+    into = torch.empty_like(values)
+    return lambda: torch.exp(values, out=into)

@@ -55,15 +55,28 @@ def diagnose(
     exact: Annotated[
         bool, typer.Option("--exact", help="The whole Jacobian instead of probes: one pass for every dimension.")
     ] = False,
-    initial: Annotated[bool, typer.Option(help="Measure each model also at a fresh initialisation.")] = False,
+    initial: Annotated[
+        bool, typer.Option("--initial", help="Measure each model also at a fresh initialisation.")
+    ] = False,
+    transformer: Annotated[
+        bool, typer.Option("--transformer", help="And a transformer of the first model's size, at initialisation.")
+    ] = False,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this (repeatable): influence, context, smoothing, transitions, bounds, filters, ..."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of probes, bootstrap and initialisation.")] = 0,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left in --out.")] = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Measure what a model forgets: influence over distance, sharpness over depth, transition spectra; write a page."""
     from ssmlens.cli import diagnose as verb
 
-    verb.run(model or [], text, token_ids, length, sequences, probes, exact, initial, seed, out, json)
+    verb.run(
+        model or [], text, token_ids, length, sequences, probes, exact, initial, transformer, measure, seed, device, resume, out, json
+    )  # fmt: skip
 
 
 @app.command()
@@ -118,15 +131,40 @@ def needle(
 
 
 @app.command()
+def polarize(
+    model: Annotated[list[str], typer.Argument(help="Directories, packaged checkpoints, files or hub ids.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory of the new model; of several models, one below it for each.")
+    ],
+    ones: Annotated[int, typer.Option(min=0, help="State channels to hold at one.")] = 1,
+    zeros: Annotated[int, typer.Option(min=0, help="State channels to hold at zero.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the new channels' input weights.")] = 0,
+    json: Json = False,
+) -> None:
+    """Append state channels at one and at zero to a trained model; its outputs stay until it is trained further."""
+    from ssmlens.cli import polarize as verb
+
+    verb.run(model, out, ones, zeros, seed, json)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file: [model], [data], [training]; see docs/train.md.")],
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/NAME of the file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")] = False,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="Start from this model instead of a fresh one; the file has no [model] then."),
+    ] = None,
+    only_polarized: Annotated[
+        bool, typer.Option("--only-polarized", help="Train only what `ssmlens polarize` added; needs --from.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Instead of the file's own seed.")] = None,
 ) -> None:
     """Train a language model from a configuration file."""
     from ssmlens.cli import train as verb
 
-    verb.run(config, out, resume)
+    verb.run(config, out, resume, from_, only_polarized, seed)
 
 
 @app.command()
@@ -134,15 +172,18 @@ def bench(
     part: Annotated[
         list[str] | None, typer.Argument(help="scan, length, layer, step, mixers, long; none: all of them.")
     ] = None,
-    scale: Annotated[str, typer.Option(help="smoke (seconds) or laptop (minutes).")] = "laptop",
+    scale: Annotated[str, typer.Option(help="smoke (seconds) or laptop (a quarter of an hour on 2 cores).")] = "laptop",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: PyTorch's own number.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what --out holds and measure only what is missing.")
+    ] = False,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Measure how fast the kernels, a layer and a training step are, beside other projects and beside what is possible."""
     from ssmlens.cli import bench as verb
 
-    verb.run(part or [], scale, threads, out, json)
+    verb.run(part or [], scale, threads, out, json, resume)
 
 
 @app.command("list")
