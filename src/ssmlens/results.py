@@ -129,10 +129,12 @@ class Figure(_Part):
 
 
 class Panel(_Part):
-    """One heat map: values[i][j] at y[i], x[j] of its `Map`. NaN: nothing there (left blank, as above a diagonal)."""
+    """One heat map: values[i][j] at y[i], x[j] of its `Map`, with their standard errors. NaN: nothing there (left blank, as above a
+    diagonal)."""
 
     name: str
     values: list[list[float]]
+    stderr: list[list[float]] | None = None
     group: str = ""
 
 
@@ -157,8 +159,9 @@ class Map(_Part):
     @model_validator(mode="after")
     def _shapes_agree(self) -> "Map":
         for panel in self.panels:
-            if len(panel.values) != len(self.y) or any(len(row) != len(self.x) for row in panel.values):
-                raise ValueError(f"panel {panel.name!r} is not of shape ({len(self.y)}, {len(self.x)})")
+            for grid in (panel.values, panel.stderr):
+                if grid is not None and (len(grid) != len(self.y) or any(len(row) != len(self.x) for row in grid)):
+                    raise ValueError(f"panel {panel.name!r} is not of shape ({len(self.y)}, {len(self.x)})")
         return self
 
 

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from report.browsing import ARGUMENTS, BROWSER, HOSTILE
 from ssmlens.report import write
-from ssmlens.results import Column, Figure, Provenance, Record, Series, Table, Value
+from ssmlens.results import Column, Figure, Map, Panel, Provenance, Record, Series, Table, Value
 
 PROVENANCE = Provenance(
     ssmlens="0.1.0",
@@ -106,6 +107,48 @@ def accuracy_figure() -> Figure:
     )  # fmt: skip
 
 
+def attention_map() -> Map:
+    rng = np.random.default_rng(2)
+    at = [float(i) for i in range(1000, 1024)]
+    later = np.subtract.outer(np.arange(24), np.arange(24))
+    panels = []
+    for model, rate in MODELS.items():
+        weight = np.exp(-10 * rate * later + 0.3 * rng.standard_normal((24, 24)))
+        panels.append(Panel(name=model, values=np.where(later >= 0, weight, np.nan).tolist(), group=model))
+    return Map(
+        id="attention",
+        title="What the state still holds of each token",
+        x_label="position of the token (tokens)",
+        y_label="position of the output (tokens)",
+        unit="hidden attention weight |α| (no unit)",
+        x=at,
+        y=at,
+        panels=panels,
+        scale="log",
+        meaning="A bright corner at the lower left is memory of the beginning of the window.",
+        method="The first inner channel of layer 2, one sequence.",
+    )
+
+
+def grid_map() -> Map:
+    depth = ["start", "a quarter", "half", "three quarters", "end"]
+    found = [[float(min(100, 30 + 15 * i + 5 * (3 - j))) for j in range(4)] for i in range(5)]
+    return Map(
+        id="grid",
+        title="Needles found",
+        x_label="length of the text (tokens)",
+        y_label="place of the needle",
+        unit="right answers (%)",
+        x=[1024.0, 2048.0, 4096.0, 8192.0],
+        y=depth,
+        panels=[Panel(name="default", values=found, group="default")],
+        low=0.0,
+        high=100.0,
+        meaning="What stands near the end is found.",
+        method="20 needles in every cell.",
+    )
+
+
 def accuracy_table() -> Table:
     pairs = (4, 8, 16)
     columns = [Column(name="configuration"), Column(name="layers")]
@@ -172,6 +215,7 @@ def make(**changes: object) -> Record:
         ],
         "tables": [summary_table(), accuracy_table()],
         "figures": [influence(), sharpness(), ranges(), accuracy_figure()],
+        "maps": [attention_map(), grid_map()],
         "notes": ["Text: the language reference of Python 3.12, SHA-256 3f1c…; other versions differ a little."],
         "config": {"length": 1024, "probes": 8, "sequences": 2, "models": ["default", "polarized"]},
         "seeds": [0, 1],
@@ -194,3 +238,44 @@ def make_record():
 def written(record, tmp_path_factory):
     """The page of the record above, on disk."""
     return write(record, tmp_path_factory.mktemp("written") / "new" / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if BROWSER is None:
+        pytest.skip("needs Chromium (chromium, chromium-browser or google-chrome on the path)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory, make_record):
+    make = make_record
+    folder = tmp_path_factory.mktemp("page")
+    record = make(complete=False)
+    long = "a_very_long_model_name_without_any_space_" * 4
+    renamed = [
+        f.model_copy(update={"series": [s.model_copy(update={"name": s.name + long}) for s in f.series]})
+        for f in (record.figures[0], record.figures[-1])
+    ]
+    named = [
+        m.model_copy(update={"panels": [p.model_copy(update={"name": long}) for p in m.panels], "x_label": long})
+        for m in record.maps[:1]
+    ]
+    sharp = record.figures[1]
+    hostile = sharp.model_copy(
+        update={
+            "id": HOSTILE, "title": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE,
+            "series": [s.model_copy(update={"name": HOSTILE + s.name, "group": HOSTILE + s.group}) for s in sharp.series],
+        }
+    )  # fmt: skip
+    return {
+        "usual": write(record, folder / "usual.html"),
+        "long": write(make(figures=renamed, maps=named, title=long, verdict=[long]), folder / "long.html"),
+        "hostile": write(
+            make(figures=[hostile, hostile], maps=[], title=HOSTILE, verdict=[HOSTILE]), folder / "h.html"
+        ),
+    }

@@ -1,18 +1,22 @@
 import gzip
+import hashlib
 import math
 import re
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from html.parser import HTMLParser
+from itertools import pairwise
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ssmlens.errors import UserError
 from ssmlens.report import page, write
-from ssmlens.results import Column, Figure, Record, Series, Table, Value
+from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value
 
-HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}</style><img src=x onerror=alert(2)>"
+HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}</style><!--<script><img src=x onerror=alert(2)>\u2028"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -54,21 +58,24 @@ def test_the_page_says_everything_the_record_says(record, written):
     for sentence in said:
         assert sentence in words, sentence
     assert "Incomplete" not in words
-    assert "<script" not in html
     assert written.stat().st_size < 1_500_000
 
 
 def test_structure_links_and_ids_hold_together(make_record):
     figures = [f for f in make_record().figures if f.id in ("sharpness", "accuracy")]
-    html = page.html([make_record(figures=figures), make_record(figures=figures, title="Another")])
+    html = page.html([make_record(figures=figures, maps=[]), make_record(figures=figures, maps=[], title="Another")])
     parsed = Page(html)
     assert len(parsed.ids) == len(set(parsed.ids))
     for link in parsed.links:
         assert link.startswith(("data:", "#")), link
         assert not link.startswith("#") or link[1:] in parsed.ids
-    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(parsed.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", html.rpartition("<script>")[0])) <= set(parsed.ids)
     names = [t for t, _ in parsed.tags]
     assert names.count("main") == names.count("h1") == 1
+    for single in (html, page.html(make_record(figures=figures))):
+        levels = [int(t[1]) for t, _ in Page(single).tags if re.fullmatch("h[1-6]", t)]
+        assert levels[0] == 1
+        assert all(b <= a + 1 for a, b in pairwise(levels))
     pictures = [a for t, a in parsed.tags if t == "svg"]
     assert len(pictures) == 2 * 2 * 2
     assert all(a["role"] == "img" and len(a["aria-label"]) > 40 for a in pictures)
@@ -90,18 +97,37 @@ def test_every_name_is_escaped(make_record):
         columns=[Column(name=HOSTILE, unit=HOSTILE, meaning=HOSTILE)],
         rows=[[HOSTILE], [Value(value=1.0, unit=HOSTILE)]],
     )  # fmt: skip
+    heat = Map(
+        id=HOSTILE, title=HOSTILE, x_label=HOSTILE, y_label=HOSTILE, unit=HOSTILE, meaning=HOSTILE, method=HOSTILE,
+        x=[HOSTILE], y=[HOSTILE], panels=[Panel(name=HOSTILE, group=HOSTILE, values=[[1.0]])],
+    )  # fmt: skip
     html = page.html(
         make_record(
             kind=HOSTILE, title=HOSTILE, verdict=[HOSTILE], notes=[HOSTILE], config={HOSTILE: HOSTILE},
-            figures=[figure], tables=[table, table],
+            figures=[figure, figure.model_copy(update={"id": "../../" + HOSTILE})], tables=[table, table], maps=[heat],
         )
     )  # fmt: skip
     parsed = Page(html)
-    tags = {t for t, _ in parsed.tags}
-    assert not tags & {"script", "img"}
+    tags = [t for t, _ in parsed.tags]
+    scripts = [attrs for t, attrs in parsed.tags if t == "script"]
+    assert "img" not in tags
+    assert scripts == [{"type": "application/json"}] * 3 + [{}]
+    names = [attrs["download"] for t, attrs in parsed.tags if "download" in attrs]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(png|svg|csv(\.gz)?)", n) for n in names)
     assert not [a for _, attrs in parsed.tags for a in attrs if a.startswith("on")]
     assert "49" not in parsed.words
     assert sum("<script>alert(1)</script>" in w for w in parsed.words) > 10
+
+
+def test_one_script_may_run_and_nothing_else(written):
+    html = written.read_text(encoding="utf-8")
+    *data, script = re.findall(r"<script([^>]*)>(.*?)</script>", html, flags=re.S)
+    assert {kind for kind, _ in data} == {' type="application/json"'}
+    policy = next(a["content"] for t, a in Page(html).tags if a.get("http-equiv") == "Content-Security-Policy")
+    digest = b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none';")
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(|\bFunction\(|fetch\(|XMLHttp", script[1])
 
 
 def test_an_interrupted_run_says_so(make_record):
@@ -154,8 +180,20 @@ def test_a_place_that_cannot_be_written_is_named(make_record, tmp_path):
         page.html([])
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.integers(100, 50_000))
+def test_short_curves_leave_their_room_to_long_ones(lengths, room):
+    x = [[float(i) for i in range(n)] for n in lengths]
+    f = Figure(id="f", title="t", x_label="x", y_label="y", series=[Series(name="s", x=v, y=v) for v in x])
+    limit = page._limit([f], room, 50, 4096, lambda s: 2)
+    assert 50 <= limit <= 4096
+    used = sum(2 * min(n, limit) for n in lengths)
+    assert used <= room or limit == 50
+    assert limit == 4096 or sum(2 * min(n, limit + 1) for n in lengths) > room
+
+
 @pytest.mark.slow
-def test_twelve_figures_of_six_long_series_stay_under_three_megabytes(make_record):
+def test_twelve_figures_of_six_long_series_and_four_maps_stay_under_three_megabytes(make_record):
     rng = np.random.default_rng(0)
     x = [float(i) for i in range(1, 8193)]
 
@@ -170,6 +208,13 @@ def test_twelve_figures_of_six_long_series_stay_under_three_megabytes(make_recor
         return Figure(id=f"f{i}", title="A title", x_label="distance (tokens)", y_label="influence (no unit)",
                       series=series, meaning="word " * 60, method="word " * 60, **kinds)  # fmt: skip
 
-    html = page.html(make_record(figures=[figure(i) for i in range(12)]))
+    def heat(i):
+        axis = [float(t) for t in range(960, 1024)]
+        noise = np.where(np.tri(64, dtype=bool), np.abs(rng.standard_normal((6, 64, 64))), np.nan)
+        panels = [Panel(name=f"a model of some name, {m}", group=f"m{m}", values=noise[m].tolist()) for m in range(6)]
+        return Map(id=f"m{i}", title="A title", x_label="source (token)", y_label="target (token)",
+                   unit="weight (no unit)", x=axis, y=axis, panels=panels)  # fmt: skip
+
+    html = page.html(make_record(figures=[figure(i) for i in range(12)], maps=[heat(i) for i in range(4)]))
     assert len(html.encode()) < 3_000_000
-    assert "results.json has every point" in html
+    assert "results.json has every value" in html

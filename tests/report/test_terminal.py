@@ -39,3 +39,12 @@ def test_names_are_not_markup_and_long_ones_fold(make_record):
 def test_an_empty_record_has_a_title(make_record):
     table = Table(id="t", title="Nothing", columns=[], rows=[])
     assert "What two small" in shown(make_record(verdict=[], tables=[table], notes=[]))
+
+
+def test_what_only_the_page_shows_is_named(record, make_record):
+    words = " ".join(shown(record).split())
+    assert (
+        "On the page: 4 figures; What the state still holds of each token (2 heat maps); Needles found (heat map)."
+        in words
+    )
+    assert "On the page" not in shown(make_record(figures=[], maps=[]))

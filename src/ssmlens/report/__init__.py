@@ -1,8 +1,11 @@
 """Turns a record of measurements into a page, pictures and a terminal summary. Reads only `ssmlens.results`.
 
     write(record, "report.html")              one self-contained page            (page.py)
-    plots.save(figure, "figure.png")          one picture, PNG or SVG            (plots.py)
+    plots.save(figure, "figure.png")          one picture, PNG or SVG            (plots.py; heat maps: heat.py)
     terminal.show(record, console)            verdict and tables in a terminal   (terminal.py)
+
+The page's one script (templates/*.js) makes its figures answer to mouse, fingers and keys; it draws on the numbers of
+live.py and heat.py. Without it, and in print, the page shows the same figures as drawn by matplotlib.
 
 Importing this package imports neither matplotlib nor jinja2: both wait until something is drawn or written.
 """

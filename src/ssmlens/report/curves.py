@@ -28,7 +28,8 @@ FIT_DASHES = (4.5, 2.2)
 class Curve:
     """One series as drawn: thinned, with its look.
 
-    x, y, low, high: (points,)   words: what each point says under the mouse   log: are x, y on log axes"""
+    x, y, low, high: (points,)   at: their places in the series   shift: how far bars and scattered points stand beside
+    their x   log: are x, y on log axes"""
 
     name: str
     style: str
@@ -36,7 +37,8 @@ class Curve:
     y: data.Array
     low: data.Array | None
     high: data.Array | None
-    words: list[str]
+    at: NDArray[np.intp]
+    shift: float
     colour: str
     marker: str
     dashes: tuple[float, ...]
@@ -153,10 +155,11 @@ def prepare(figure: Figure, groups: Sequence[str], points: int) -> list[Curve]:
         y = data.floats(s.y)
         at = data.thin(x, y, points, log[0])
         width = _spacing(x) * (0.8 if data.is_category(figure) else 0.92) / max(1, len(bars))
+        shift = 0.0
         if s.style == "bar":
-            x = x + (bars.index(j) - (len(bars) - 1) / 2) * width
+            shift = (bars.index(j) - (len(bars) - 1) / 2) * width
         elif s.style == "points" and data.is_category(figure):
-            x = x + (scattered.index(j) - (len(scattered) - 1) / 2) * min(0.14, 0.6 / len(scattered))
+            shift = (scattered.index(j) - (len(scattered) - 1) / 2) * min(0.14, 0.6 / len(scattered))
         low, high = _band(s)
         # More groups than colours: the colours come again, with other dashes.
         lap = group // len(SERIES_LIGHT)
@@ -164,11 +167,12 @@ def prepare(figure: Figure, groups: Sequence[str], points: int) -> list[Curve]:
             Curve(
                 name=text.clean(s.name),
                 style=s.style,
-                x=x[at],
+                x=x[at] + shift,
                 y=y[at],
                 low=None if low is None else low[at],
                 high=None if high is None else high[at],
-                words=[_says(figure, s, int(i)) for i in at],
+                at=at,
+                shift=shift,
                 colour=LIGHT["rule"] if grey else SERIES_LIGHT[group % len(SERIES_LIGHT)],
                 marker="X" if grey else MARKERS[(group + lap) % len(MARKERS)],
                 dashes=FIT_DASHES if s.style == "fit" else DASHES[(variant + lap) % len(DASHES)],
@@ -287,14 +291,6 @@ def _floor(figure: Figure, low: float, high: float) -> list[float]:
     """The noise floor belongs into the picture when data come within two decades of it."""
     floor = figure.y_floor
     return [floor / 2] if floor is not None and low / 100 <= floor <= high and floor > 0 else []
-
-
-def _says(figure: Figure, s: Series, i: int) -> str:
-    x = s.x[i]
-    shown = text.number(s.y[i], s.stderr[i] if s.stderr else None)
-    if s.low and s.high:
-        shown += f" [{text.number(s.low[i])}, {text.number(s.high[i])}]"
-    return f"{text.clean(s.name, 60)}\n{text.clean(figure.x_label, 60)}: {data.x_text(x)}\n{shown}"
 
 
 def uncertainty_words(figure: Figure) -> str:

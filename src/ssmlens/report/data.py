@@ -112,6 +112,8 @@ class Grid:
     head: list[str]
     rows: list[list[str]]
     total: int
+    name: str = ""
+    numbers: bool = True  # the cells: words, where not
 
 
 def grids(figure: Figure, limit: int = 24) -> list[Grid]:

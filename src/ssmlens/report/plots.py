@@ -6,18 +6,13 @@ matter and do not change. Equal figures give equal bytes (with one version of ma
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
@@ -25,35 +20,15 @@ from matplotlib.lines import Line2D
 
 from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.report import curves, data, layout, text, ticks
+from ssmlens.report import curves, data, heat, layout, text, ticks
 from ssmlens.report import svg as svg_text
+from ssmlens.report.canvas import LINE, SMALL, TITLE, WIDE, Format, Sheet, own_style
+from ssmlens.report.canvas import png as as_png
+from ssmlens.report.canvas import svg as as_svg
 from ssmlens.report.theme import LIGHT
-from ssmlens.results import Figure, Record
+from ssmlens.results import Figure, Map, Record
 
-SMALL = 9.0  # points: ticks, legend, labels
-TITLE = 12.0
 MOST_POINTS = 600  # drawn per series; CSV has all
-HOVER_POINTS = 150  # of a figure that answer to the mouse in the page, at most 50 per series
-
-
-@dataclass(frozen=True)
-class Format:
-    """Sizes in points. The page shows a point as 1.33 px: `WIDE` fills a desktop column, `NARROW` a phone."""
-
-    width: float
-    axes_height: float
-    most_ticks: int
-
-
-WIDE = Format(width=540, axes_height=250, most_ticks=8)
-NARROW = Format(width=258, axes_height=190, most_ticks=4)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    canvas: Canvas
-    axes: Axes
-    curves: list[curves.Curve]
 
 
 def group_order(figures: Iterable[Figure]) -> list[str]:
@@ -61,8 +36,8 @@ def group_order(figures: Iterable[Figure]) -> list[str]:
     return list(dict.fromkeys(s.group for f in figures for s in f.series if s.group))
 
 
-def save(figure: Figure, path: str | os.PathLike[str], *, groups: Sequence[str] | None = None) -> Path:
-    """Write `figure` with its title as .png (200 dots per inch) or .svg, by the path's ending, atomically.
+def save(figure: Figure | Map, path: str | os.PathLike[str], *, groups: Sequence[str] | None = None) -> Path:
+    """Write a figure or heat map with its title as .png (200 dots per inch) or .svg, by the path's ending, atomically.
 
     groups: from `group_order(record.figures)`, so that a model has one colour in all pictures of a record.
     Raises UserError for another ending or an unwritable place."""
@@ -70,16 +45,21 @@ def save(figure: Figure, path: str | os.PathLike[str], *, groups: Sequence[str] 
     ending = path.suffix.lower()
     if ending not in (".png", ".svg"):
         raise UserError(f"cannot save a picture as {path.name!r}; give it the ending .png or .svg")
-    png, svg_file = picture(figure, groups=groups, kinds=(ending[1:],))
+    kinds = (ending[1:],)
+    if isinstance(figure, Map):
+        png, svg_file = heat.picture(figure, groups=groups or [], kinds=kinds)
+    else:
+        png, svg_file = picture(figure, groups=groups, kinds=kinds)
     return files.write(path, png or svg_file)
 
 
 def save_all(record: Record, directory: str | os.PathLike[str], ending: str = ".png") -> list[Path]:
-    """Every figure of a record as a file named after its id, in colours that agree."""
+    """Every figure and heat map of a record as a file named after its id, in colours that agree."""
     known = group_order(record.figures)
     names: dict[str, int] = {}
     paths = []
-    for f in record.figures:
+    everything: list[Figure | Map] = [*record.figures, *record.maps]
+    for f in everything:
         name = text.file_name(f.id)
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}-{names[name]}"
@@ -97,13 +77,11 @@ def picture(
 ) -> tuple[bytes, str]:
     """(PNG, SVG) of the figure with its title, light, to stand alone; empty where not among `kinds`.
 
-    png_bytes: above it, the PNG is drawn again with fewer dots and colours."""
-    with _own_style():
-        drawing = draw(figure, WIDE, groups=groups, points=points, title=True)
-        png = _png(drawing.canvas, dots=200, colours=128) if "png" in kinds else b""
-        if png_bytes is not None and len(png) > png_bytes:
-            png = _png(drawing.canvas, dots=120, colours=48)
-        raw = _svg(drawing.canvas) if "svg" in kinds else ""
+    png_bytes: a larger PNG is drawn again with fewer dots and colours."""
+    with own_style():
+        canvas = draw(figure, WIDE, groups=groups, points=points, title=True)
+        png = as_png(canvas, png_bytes) if "png" in kinds else b""
+        raw = as_svg(canvas) if "svg" in kinds else ""
     return png, svg_text.standalone(raw) if raw else ""
 
 
@@ -117,12 +95,10 @@ def svg(
 ) -> str:
     """`figure` without its title as inline SVG for the page.
 
-    Its colours are CSS variables (theme.py), its ids begin with `prefix`, and points answer to the mouse."""
-    with _own_style():
-        drawing = draw(figure, form, groups=groups, points=points, title=False)
-        raw = _svg(drawing.canvas)
-        hover = _hover(drawing) if form is WIDE else ""
-    return svg_text.inline(raw, prefix=prefix, label=describe(figure), overlay=hover)
+    Its colours are CSS variables (theme.py), its ids begin with `prefix`."""
+    with own_style():
+        raw = as_svg(draw(figure, form, groups=groups, points=points, title=False))
+    return svg_text.inline(raw, prefix=prefix, label=describe(figure))
 
 
 def describe(figure: Figure) -> str:
@@ -139,8 +115,8 @@ def describe(figure: Figure) -> str:
     return " ".join(said)
 
 
-def draw(figure: Figure, form: Format, *, groups: Sequence[str] | None, points: int, title: bool) -> Drawing:
-    """Draw and lay out; call inside `_own_style`."""
+def draw(figure: Figure, form: Format, *, groups: Sequence[str] | None, points: int, title: bool) -> Canvas:
+    """Draw and lay out; call inside `own_style`."""
     canvas = Canvas(figsize=(form.width / 72, 2 * form.axes_height / 72), dpi=144, facecolor=LIGHT["surface"])
     ruler = layout.Ruler(FigureCanvasAgg(canvas))
     axes = canvas.add_axes((0.12, 0.12, 0.86, 0.4))
@@ -154,7 +130,7 @@ def draw(figure: Figure, form: Format, *, groups: Sequence[str] | None, points: 
         words = axes.text(0.5, 0.5, "no values to draw", transform=axes.transAxes, ha="center", va="center", size=SMALL)
         words.set_color(LIGHT["muted"])
     _lay_out(canvas, axes, figure, shown, form, ruler, title)
-    return Drawing(canvas, axes, shown)
+    return canvas
 
 
 def _axes_style(axes: Axes) -> None:
@@ -237,19 +213,19 @@ def _lay_out(
     says_y = ruler.wrap(figure.y_label, SMALL, room, 3)
     says_x = ruler.wrap(figure.x_label, SMALL, room - 40, 3)
     legend, legend_height = _legend(canvas, figure, shown, room, ruler)
-    line = SMALL * 1.3
+    line = SMALL * LINE
     box = axes.get_window_extent(ruler.renderer)
     around = axes.get_tightbbox(ruler.renderer) or box
     left = edge + (box.x0 - around.x0) * ruler.scale
     below = (box.y0 - around.y0) * ruler.scale
     above = max(6.0, (around.y1 - box.y1) * ruler.scale + 3)
     right = max(edge, (around.x1 - box.x1) * ruler.scale + edge)
-    head_height = len(heads) * TITLE * 1.3 + (6 if heads else 0)
+    head_height = len(heads) * TITLE * LINE + (6 if heads else 0)
     brim = max(edge, 3.0)  # the topmost line of text is higher in some fonts
     top = brim + head_height + (legend_height + 9 if legend else 0) + len(says_y) * line + above
     bottom = brim + below + 4 + len(says_x) * line
     height = top + form.axes_height + bottom
-    canvas.set_size_inches(form.width / 72, height / 72)
+    sheet = Sheet(canvas, form.width, height)
     axes.set_position(
         (
             left / form.width,
@@ -258,26 +234,12 @@ def _lay_out(
             form.axes_height / height,
         )
     )
-
-    def put(words: str, x: float, y: float, size: float, colour: str, weight: str = "normal", ha: str = "left") -> None:
-        placed = canvas.text(x / form.width, 1 - y / height, words, size=size, weight=weight, ha=ha, va="baseline")
-        layout.literal(placed).set_color(LIGHT[colour])
-
-    y = brim
-    for words in heads:
-        y += TITLE * 1.3
-        put(words, edge, y - TITLE * 0.3, TITLE, "ink", "bold")
-    y += 6 if heads else 0
+    y = sheet.lines(heads, edge, brim, TITLE, "bold") + (6 if heads else 0)
     if legend:
         legend.set_bbox_to_anchor((edge / form.width, 1 - y / height), transform=canvas.transFigure)
         y += legend_height + 9
-    for words in says_y:
-        y += line
-        put(words, edge, y - SMALL * 0.3, SMALL, "ink")
-    y = height - brim - len(says_x) * line
-    for words in says_x:
-        y += line
-        put(words, (left + form.width - right) / 2, y - SMALL * 0.3, SMALL, "ink", ha="center")
+    sheet.lines(says_y, edge, y, SMALL)
+    sheet.lines(says_x, (left + form.width - right) / 2, height - brim - len(says_x) * line, SMALL, ha="center")
 
 
 def _legend(
@@ -309,50 +271,3 @@ def _legend(
     for words, name in zip(legend.get_texts(), names, strict=True):
         layout.literal(words).set(text=name, color=LIGHT["ink"])
     return legend, legend.get_window_extent(ruler.renderer).height * ruler.scale
-
-
-def _hover(drawing: Drawing) -> str:
-    """Invisible targets over points of every curve, each with the point's values as its tooltip."""
-    canvas, axes = drawing.canvas, drawing.axes
-    height = canvas.get_figheight() * 72
-    view = axes.get_window_extent()
-    spots = []
-    most = min(50, max(2, HOVER_POINTS // max(1, len(drawing.curves))))
-    for curve in drawing.curves:
-        where = axes.transData.transform(np.column_stack([curve.x, curve.y]))
-        inside = np.flatnonzero(curve.drawable_at & (where[:, 0] >= view.x0 - 1) & (where[:, 0] <= view.x1 + 1))
-        chosen = inside[np.unique(np.linspace(0, len(inside) - 1, most).astype(int))] if len(inside) else inside
-        for i in chosen:
-            x, y = where[i] * 72 / canvas.dpi
-            spots.append((float(x), float(height - y), curve.words[int(i)]))
-    return svg_text.targets(spots)
-
-
-def _svg(canvas: Canvas) -> str:
-    out = io.StringIO()
-    canvas.savefig(out, format="svg", dpi=72, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return out.getvalue()
-
-
-def _png(canvas: Canvas, dots: int, colours: int) -> bytes:
-    """A picture of few colours takes a third of the bytes and looks the same."""
-    from PIL import Image
-
-    out, small = io.BytesIO(), io.BytesIO()
-    canvas.savefig(out, format="png", dpi=dots, pil_kwargs={"compress_level": 1})
-    with Image.open(out) as image:
-        few = image.convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(small, "png", optimize=True, dpi=(dots, dots))
-    return small.getvalue()
-
-
-@contextmanager
-def _own_style() -> Iterator[None]:
-    """matplotlib's own defaults and the few settings that only rcParams reach; all is put back afterwards."""
-    import matplotlib.style
-
-    with warnings.catch_warnings(), matplotlib.style.context("default"):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the page's text has the reader's fonts
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ssmlens", "text.usetex": False})
-        matplotlib.rcParams["axes.prop_cycle"] = cycler(color=[LIGHT["ink"]])
-        yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import quoteattr
 
 from ssmlens.report.theme import LIGHT
 
@@ -16,26 +18,15 @@ def standalone(raw: str) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + _font(_small(raw, ""), f"font-family: {_FONTS}; ") + "\n"
 
 
-def inline(raw: str, *, prefix: str, label: str, overlay: str) -> str:
-    """An element for an HTML page. label: its description; overlay: more elements, drawn on top."""
+def inline(raw: str, *, prefix: str, label: str) -> str:
+    """An element for an HTML page. label: its description."""
     made = _font(_small(raw, prefix), "")
     made = re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{_VARIABLE[m[0]]})" if m[0] in _VARIABLE else m[0], made)
     made = made.replace("xlink:href", "href")
     box = re.search(r'viewBox="([^"]*)"', made)
     width, height = (float(v) for v in box[1].split()[2:]) if box else (1.0, 1.0)
     start = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label={quoteattr(label)}>'
-    made = re.sub(r"<svg[^>]*>", lambda _: start, made, count=1)
-    return made.removesuffix("</svg>") + overlay + "</svg>"
-
-
-def targets(spots: list[tuple[float, float, str]]) -> str:
-    """Circles that cannot be seen and answer to the mouse: (x, y, words)."""
-    if not spots:
-        return ""
-    circles = (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{escape(words)}</title></circle>' for x, y, words in spots
-    )
-    return f'<g class="hover">{"".join(circles)}</g>'
+    return re.sub(r"<svg[^>]*>", lambda _: start, made, count=1)
 
 
 def _small(raw: str, prefix: str) -> str:
@@ -48,8 +39,26 @@ def _small(raw: str, prefix: str) -> str:
         made = re.sub(r'(url\(#|href="#)', lambda m: m[1] + prefix, made)
     # Within attributes of geometry only: a name such as "rate 0.12345" is text.
     made = re.sub(r' (d|x|y|transform|width|height|points)="([^"]*)"', _rounded, made)
+    made = re.sub(r'data:image/png;base64,([^"]*)', lambda m: f"data:image/png;base64,{_repacked(m[1])}", made)
     made = re.sub(r">\s+<", "><", made)
     return re.sub(r"<g>(?:\s*)</g>|<defs/>", "", made)
+
+
+def _repacked(content: str) -> str:
+    """An image of at most 256 colours, transparent ones among them, as one with a palette: a quarter of the bytes."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        pixels = np.asarray(image.convert("RGBA"))
+    colours, index = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colours) > 256:
+        return content
+    small = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8), "P")
+    small.putpalette(colours[:, :3].tobytes())
+    out = io.BytesIO()
+    small.save(out, "png", optimize=True, transparency=colours[:, 3].tobytes())
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def _rounded(match: re.Match[str]) -> str:

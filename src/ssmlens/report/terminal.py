@@ -1,4 +1,4 @@
-"""A record in a terminal: the verdict, then its short tables, in as many blocks as the width asks for."""
+"""A record in a terminal: the verdict, its short tables in as many blocks as the width asks for, what else the page has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from ssmlens.report import tables, text
-from ssmlens.results import Record, Table
+from ssmlens.results import Map, Record, Table
 
 MOST_ROWS = 10  # longer tables are for the page
 NAME_WIDTH = 24  # longest first column, in cells; longer names fold
@@ -28,11 +28,20 @@ def render(record: Record, width: int = 80) -> Group:
     short = [table for table in record.tables if len(table.rows) <= MOST_ROWS]
     for table in short:
         parts += [Text(""), *_table(table, width)]
-    if left := [table.title for table in record.tables if table not in short]:
-        parts += [Text(""), Text(f"On the page: {'; '.join(map(text.clean, left))}.", style="dim")]
+    left = [text.clean(table.title) for table in record.tables if table not in short]
+    if count := len(record.figures):
+        left.append(f"{count} figure{'s' * (count > 1)}")
+    left += [f"{text.clean(heat.title)} ({_panels(heat)})" for heat in record.maps]
+    if left:
+        parts += [Text(""), Text(f"On the page: {'; '.join(left)}.", style="dim")]
     if record.notes:
         parts += [Text(""), *(_bullet(f"Note: {note}") for note in record.notes)]
     return Group(*parts)
+
+
+def _panels(heat: Map) -> str:
+    n = len(heat.panels)
+    return "heat map" if n == 1 else f"{n} heat maps"
 
 
 def _bullet(sentence: str) -> RenderableType:
