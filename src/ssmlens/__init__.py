@@ -14,6 +14,7 @@ _HOME = {
     "LanguageModel": "ssmlens.models",
     "LanguageModelConfig": "ssmlens.models",
     "load": "ssmlens.models.pretrained",
+    "polarize": "ssmlens.models.retrofit",
     "diagnose": "ssmlens.lens",
     "Diagnosis": "ssmlens.lens",
 }

@@ -10,7 +10,7 @@ from ssmlens.errors import UserError
 
 def run(
     models: list[str], text: Path | None, token_ids: Path | None, length: int, sequences: int, probes: int, exact: bool,
-    initial: bool, seed: int, out: Path | None, json: bool,
+    initial: bool, transformer: bool, measures: list[str] | None, seed: int, device: str, resume: bool, out: Path | None, json: bool,
 ) -> None:  # fmt: skip
     from ssmlens.cli.output import directory, finish
     from ssmlens.models.pretrained import load, packaged
@@ -19,21 +19,37 @@ def run(
         raise UserError("give --text or --token-ids, not both")
     if not models and not packaged():
         raise UserError("this installation has no packaged checkpoints; name a model")
+    on = _device(device)
     where = directory(out, "diagnose")
     chosen = models or list(packaged())
     names = _names(chosen)
-    loaded = {name: load(path) for name, path in zip(names, chosen, strict=True)}
+    loaded = {name: load(path).to(on) for name, path in zip(names, chosen, strict=True)}
     tokens, source = _tokens(loaded, dict(zip(names, chosen, strict=True)), text, token_ids, length, sequences)
 
-    from ssmlens.lens import diagnose
+    from ssmlens.lens import MEASURES, diagnose
 
     diagnosis = diagnose(
-        loaded, tokens, method="exact" if exact else "probes", probes=probes, at_initialisation=initial, seed=seed,
-        progress=True, out_dir=where, config={"text": source}, notes=[f"Text: {source['name']}, {source['what']}."],
+        loaded, tokens, method="exact" if exact else "probes", probes=probes, at_initialisation=initial, transformer=transformer,
+        measures=measures or list(MEASURES), seed=seed, progress=True, out_dir=where, resume=resume, config={"text": source}, notes=[f"Text: {source['name']}, {source['what']}."],
     )  # fmt: skip
     finish(diagnosis.record(), where, json)
     if not diagnosis.complete:
         raise KeyboardInterrupt
+
+
+def _device(name: str) -> str:
+    """auto: CUDA, else Apple's MPS, else the CPU. Raises UserError for what is not there."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(kind for kind, is_there in there.items() if is_there)
+    kind = name.partition(":")[0]
+    if kind not in there:
+        raise UserError(f"unknown device {name!r}: give auto, cpu, cuda or mps")
+    if not there[kind]:
+        raise UserError(f"this machine has no {kind} that PyTorch can use; give --device auto or cpu")
+    return name
 
 
 def _names(paths: list[str]) -> list[str]:

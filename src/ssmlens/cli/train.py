@@ -18,10 +18,10 @@ from ssmlens.errors import UserError
 
 
 class RunConfig(Config):
-    """A training file. seed: of the initialisation, and of data and training where they name none of their own.
+    """A training file. model: None where `--from` names one. seed: of the initialisation, and of data and training where they name none of their own.
     weight_decay_groups: see `LanguageModel.parameter_groups`. threads: of PyTorch; None leaves them as they are."""
 
-    model: dict[str, Any]
+    model: dict[str, Any] | None = None
     data: dict[str, Any]
     training: dict[str, Any]
     seed: int = 0
@@ -40,8 +40,18 @@ def read(path: Path) -> RunConfig:
     return RunConfig.of(tree, str(path))
 
 
-def run(path: Path, out: Path | None, resume: bool) -> None:
+def run(
+    path: Path, out: Path | None, resume: bool, start: str | None = None, only_polarized: bool = False, seed: int | None = None
+) -> None:  # fmt: skip
     config = read(path)
+    if (config.model is None) == (start is None):
+        raise UserError(
+            f"{path}: give a [model] to train from nothing, or --from MODEL, not " + ("both" if start else "neither")
+        )
+    if only_polarized and start is None:
+        raise UserError("--only-polarized needs --from MODEL: in a fresh model everything is to be trained")
+    if seed is not None:
+        config = config.model_copy(update={"seed": seed})
     import torch
 
     from ssmlens.models import LanguageModel, LanguageModelConfig
@@ -51,23 +61,57 @@ def run(path: Path, out: Path | None, resume: bool) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     settings = TrainConfig.of({"seed": config.seed, **config.training}, f"{path}, [training]")
-    model_config = LanguageModelConfig(**config.model)
+    if start is None:
+        torch.manual_seed(config.seed)
+        model = LanguageModel(LanguageModelConfig(**(config.model or {})))
+    else:
+        model = _loaded(start)
     stream = stream_of({"seed": config.seed, **config.data})
-    if stream.vocab_size > model_config.vocab_size:
+    vocabulary = model.config.vocab_size
+    if stream.vocab_size > vocabulary:
         raise UserError(
-            f"{path}: the data has {stream.vocab_size} different tokens, the model only {model_config.vocab_size}; set model.vocab_size"
+            f"{path}: the data has {stream.vocab_size} different tokens, the model only {vocabulary}; set model.vocab_size"
         )
-    torch.manual_seed(config.seed)
-    model = LanguageModel(model_config)
+    identity: dict[str, Any] = {
+        "model": model.config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed,
+    }  # fmt: skip
+    if start is not None:
+        identity |= {"start": _fingerprint(model), "only_polarized": only_polarized}
+    groups = model.parameter_groups(settings.weight_decay, config.weight_decay_groups)
+    if only_polarized:
+        from ssmlens.models.retrofit import train_only_new
+
+        groups = [{"params": train_only_new(model), "weight_decay": 0.0}]
     where = out if out is not None else Path("runs") / path.stem
     result = train(
         model, stream, settings, where, evaluate=lambda m: evaluate(m, stream), resume=resume, title=path.stem,
-        optimizer_groups=model.parameter_groups(settings.weight_decay, config.weight_decay_groups),
-        identity={"model": model_config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed},
+        optimizer_groups=groups, identity=identity,
     )  # fmt: skip
     save(model, where / "model", config.data)
     measured = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
     print(f"{result.step} steps in {result.seconds:.0f} s; {measured}; model in {where / 'model'}")
+
+
+def _loaded(start: str) -> Any:
+    from ssmlens.models import LanguageModel
+    from ssmlens.models.pretrained import load
+
+    model = load(start)
+    if not isinstance(model, LanguageModel):
+        raise UserError(
+            f"{start} is a {type(model).__name__} of transformers; only ssmlens models and converted families can be trained"
+        )
+    return model.train()
+
+
+def _fingerprint(model: Any) -> str:
+    """Of the weights that a run starts from, so that it is resumed with no others."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().view(-1).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def evaluate(model: Any, stream: Any) -> dict[str, float]:

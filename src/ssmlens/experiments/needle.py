@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ssmlens import files
 from ssmlens.errors import UserError
+from ssmlens.models import StateCache
 from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value, provenance
 from ssmlens.tasks.needle import Cell, Grid, NeedleStream
 
@@ -117,9 +118,8 @@ class Reader:
         """The state of one sequence as the start of `count`; the original stays as it is."""
         if cache is None:
             return None
-        if hasattr(cache, "states"):
-            states = [type(s)(*(t.repeat_interleave(count, 0) for t in s)) for s in cache.states]
-            return type(cache)(states, cache.length)
+        if isinstance(cache, StateCache):
+            return cache.repeated(count)
         forked = copy.deepcopy(cache)
         forked.batch_repeat_interleave(count)
         return forked

@@ -1,6 +1,6 @@
 """Whole models: blocks, backbone, heads; other people's checkpoints are in `ssmlens.models.pretrained`."""
 
-from ssmlens.models.backbone import Backbone, Block, RMSNorm
+from ssmlens.models.backbone import Backbone, Block
 from ssmlens.models.language_model import (
     Architecture,
     LanguageModel,
@@ -8,6 +8,7 @@ from ssmlens.models.language_model import (
     LanguageModelOutput,
     StateCache,
 )
+from ssmlens.models.parts import RMSNorm
 
 __all__ = [
     "Architecture", "Backbone", "Block", "LanguageModel", "LanguageModelConfig", "LanguageModelOutput", "RMSNorm", "StateCache",

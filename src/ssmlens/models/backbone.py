@@ -2,76 +2,36 @@
 
 x: (batch, length, d_model), the residual stream; a state for every block."""
 
-import math
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ssmlens.mixers import Mixer
+from ssmlens.models.parts import MLP, BlockState, ChannelMix, Embedding, norm
 
 SEGMENT = 1 << 14  # tokens (times batch) that go through all blocks at once where no gradient is wanted
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, over the last dimension (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-class Embedding(nn.Embedding):
-    """Token embedding, N(0, 0.02²) at the beginning."""
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
-
-
-class MLP(nn.Module):
-    """Mixes width, token by token. "gelu": W_out gelu(W_in x); "swiglu": W_out (silu(W_gate x) · W_in x) (Shazeer 2020)."""
-
-    def __init__(self, d_model: int, kind: Literal["gelu", "swiglu"], d_hidden: int, n_residuals: int) -> None:
-        super().__init__()
-        self.n_residuals = n_residuals
-        self.in_proj = nn.Linear(d_model, d_hidden * (2 if kind == "swiglu" else 1), bias=False)
-        self.out_proj = nn.Linear(d_hidden, d_model, bias=False)
-        self.kind = kind
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """A linear layer's default; the output smaller by the square root of the number of residual branches, as in the mixers."""
-        self.in_proj.reset_parameters()
-        self.out_proj.reset_parameters()
-        self.out_proj.weight /= math.sqrt(self.n_residuals)
-
-    def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        if self.kind == "gelu":
-            return self.out_proj(F.gelu(self.in_proj(x)))
-        gate, x = self.in_proj(x).chunk(2, -1)
-        return self.out_proj(F.silu(gate) * x)
-
-
 class Block(nn.Module):
-    """x + mixer(norm(x)), then, with an MLP, x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then, with an MLP, x + mlp(mlp_norm(x)); parallel: x + mixer(norm(x)) + mlp(mlp_norm(x))."""
 
-    def __init__(self, mixer: Mixer, norm_eps: float, mlp: MLP | None = None) -> None:
+    def __init__(
+        self,
+        mixer: Mixer,
+        norm_eps: float,
+        mlp: MLP | ChannelMix | None = None,
+        *,
+        norm_kind: Literal["rms", "layer"] = "rms",
+        parallel: bool = False,
+    ) -> None:
         super().__init__()
-        self.norm = RMSNorm(mixer.d_model, norm_eps)
+        self.norm = norm(norm_kind, mixer.d_model, norm_eps)
         self.mixer = mixer
-        self.mlp_norm = RMSNorm(mixer.d_model, norm_eps) if mlp else None
+        self.mlp_norm = norm(norm_kind, mixer.d_model, norm_eps) if mlp else None
         self.mlp = mlp
+        self.parallel = parallel
 
     def forward(
         self,
@@ -81,22 +41,42 @@ class Block(nn.Module):
         mask: Bool[Tensor, "batch length"] | None = None,
         reset: Bool[Tensor, "batch length"] | None = None,
     ) -> tuple[Float[Tensor, "batch length d_model"], Any]:
+        last: Tensor | None = None
+        if isinstance(state, BlockState):
+            state, last = state
         y, state = self.mixer(self.norm(x), state, mask=mask, reset=reset)
-        x = x + y
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x))
-        return x, state
+        if self.mlp is None or self.mlp_norm is None:
+            return x + y, state
+        seen = self.mlp_norm(x if self.parallel else x + y)
+        if isinstance(self.mlp, ChannelMix):
+            z, last = self.mlp(seen, last, mask=mask, reset=reset)
+            state = BlockState(state, last)
+        else:
+            z = self.mlp(seen)
+        return x + y + z, state
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks, final norm. forward takes embeddings, so that influence can be measured from them; `embedding` makes them."""
+    """Embedding, blocks, final norm. forward takes embeddings, so that influence can be measured from them; `embedding` makes them.
+    They are multiplied by embedding_scale, and normalised where embedding_norm, before the first block."""
 
-    def __init__(self, vocab_size: int, blocks: list[Block], norm_eps: float) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        blocks: list[Block],
+        norm_eps: float,
+        *,
+        norm_kind: Literal["rms", "layer"] = "rms",
+        embedding_scale: float = 1.0,
+        embedding_norm: bool = False,
+    ) -> None:
         super().__init__()
         d_model = blocks[0].mixer.d_model
         self.embedding: nn.Embedding = Embedding(vocab_size, d_model)
+        self.embedding_scale = embedding_scale
+        self.embedding_norm = norm(norm_kind, d_model, norm_eps) if embedding_norm else None
         self.blocks = nn.ModuleList(blocks)
-        self.norm = RMSNorm(d_model, norm_eps)
+        self.norm = norm(norm_kind, d_model, norm_eps)
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
         return self.embedding(tokens)
@@ -116,6 +96,10 @@ class Backbone(nn.Module):
         if not torch.is_grad_enabled() and x.shape[1] > segment:
             return self._in_segments(segment, x, states, mask, reset, keep)
         before = states if states is not None else [None] * len(self.blocks)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         after: list[Any] = []
         kept: list[Tensor] = []
         for block, state in zip(self.blocks, before, strict=True):

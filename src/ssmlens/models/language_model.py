@@ -21,7 +21,8 @@ from ssmlens import mixers
 from ssmlens.configuration import Config
 from ssmlens.errors import UserError
 from ssmlens.mixers import Mixer
-from ssmlens.models.backbone import MLP, Backbone, Block, Embedding, RMSNorm
+from ssmlens.models.backbone import Backbone, Block
+from ssmlens.models.parts import MLP, ChannelMix, Embedding, MLPKind, RMSNorm, map_state, tensors
 from ssmlens.polarization import Polarization
 from ssmlens.targets import IGNORED
 
@@ -29,7 +30,8 @@ from ssmlens.targets import IGNORED
 class Architecture(Config):
     """What a language model is. mixer: a name of `ssmlens.mixers.names()`, or a list of names that is repeated until every layer has
     one (a hybrid). mixer_config: the keys of the mixer's configuration; in a hybrid, these by name: {"attention": {"heads": 4}}.
-    polarization: of every mixer that can be polarized. mlp: after each mixer, of hidden width mlp_ratio · d_model."""
+    polarization: of every mixer that can be polarized. mlp: after each mixer, of hidden width mlp_ratio · d_model; parallel: beside it.
+    embedding_scale, embedding_norm: before the first block. logit_cap: logits become cap · tanh(logits / cap)."""
 
     vocab_size: int = Field(default=256, ge=1)
     d_model: int = Field(default=64, ge=1)
@@ -37,10 +39,16 @@ class Architecture(Config):
     mixer: str | tuple[str, ...] = "mamba"
     mixer_config: dict[str, Any] = Field(default_factory=dict)
     polarization: Polarization | None = None
-    mlp: Literal["none", "gelu", "swiglu"] = "none"
+    mlp: MLPKind = "none"
     mlp_ratio: float = Field(default=4.0, gt=0)
-    tie_word_embeddings: bool = True
+    mlp_bias: bool = False
+    parallel: bool = False
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = Field(default=1e-5, gt=0)
+    embedding_scale: float = Field(default=1.0, gt=0)
+    embedding_norm: bool = False
+    tie_word_embeddings: bool = True
+    logit_cap: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _has_mixers(self) -> "Architecture":
@@ -85,11 +93,16 @@ class Architecture(Config):
                 name, self.d_model, polarization=self.polarization if mixers.polarizable(name) else None,
                 **config | mixers.place(name, i, self.n_layers),
             )  # fmt: skip
-            mlp = None
-            if self.mlp != "none":
-                mlp = MLP(self.d_model, self.mlp, max(1, round(self.mlp_ratio * self.d_model)), self.n_residuals)
-            blocks.append(Block(mixer, self.norm_eps, mlp))
+            blocks.append(Block(mixer, self.norm_eps, self._mlp(i), norm_kind=self.norm, parallel=self.parallel))
         return blocks
+
+    def _mlp(self, layer: int) -> MLP | ChannelMix | None:
+        width = max(1, round(self.mlp_ratio * self.d_model))
+        if self.mlp == "none":
+            return None
+        if self.mlp == "channel_mix":
+            return ChannelMix(self.d_model, width, layer, self.n_layers)
+        return MLP(self.d_model, self.mlp, width, self.n_residuals, self.mlp_bias)
 
 
 # What transformers itself writes into a config.json; anything else that is not a field of Architecture is an error.
@@ -141,12 +154,16 @@ class StateCache:
 
     def numbers(self) -> int:
         """How many numbers the cache holds."""
-        return sum(t.numel() for state in self.states for t in state)
+        return sum(t.numel() for t in tensors(self.states))
 
     def reorder_cache(self, beam_idx: Tensor) -> "StateCache":
         """Follow the beams that a beam search keeps."""
-        self.states = [type(s)(*(t.index_select(0, beam_idx.to(t.device)) for t in s)) for s in self.states]
+        self.states = [map_state(lambda t: t.index_select(0, beam_idx.to(t.device)), s) for s in self.states]
         return self
+
+    def repeated(self, count: int) -> "StateCache":
+        """Each sequence's state `count` times, one after the other; this cache stays as it is."""
+        return StateCache([map_state(lambda t: t.repeat_interleave(count, 0), s) for s in self.states], self.length)
 
 
 @dataclass
@@ -181,7 +198,10 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config)
         architecture = config.architecture
-        self.backbone = Backbone(architecture.vocab_size, architecture.build_blocks(), architecture.norm_eps)
+        self.backbone = Backbone(
+            architecture.vocab_size, architecture.build_blocks(), architecture.norm_eps, norm_kind=architecture.norm,
+            embedding_scale=architecture.embedding_scale, embedding_norm=architecture.embedding_norm,
+        )  # fmt: skip
         self.lm_head = nn.Linear(architecture.d_model, architecture.vocab_size, bias=False)
         self.post_init()
 
@@ -195,7 +215,10 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Each module initialises itself; transformers' own scheme would overwrite what a mixer sets up, biases first of all.
         What a checkpoint has already filled stays."""
-        if not isinstance(module, Mixer | MLP | RMSNorm | Embedding) and module is not self.lm_head:
+        if (
+            not isinstance(module, Mixer | MLP | ChannelMix | RMSNorm | nn.LayerNorm | Embedding)
+            and module is not self.lm_head
+        ):
             return
         own = [*module.parameters(), *module.buffers()]
         loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
@@ -257,16 +280,21 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if targets is None:
-            output.logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            output.logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
             return output
         at = targets != IGNORED
         wanted = targets[at]
-        output.logits = self.lm_head(hidden[at])
+        output.logits = self.head(hidden[at])
         # the mean over no targets is NaN; a batch without any (packed data) must train on nothing instead
         output.loss = _cross_entropy(output.logits, wanted) / max(1, wanted.numel())
         output.n_targets = at.sum()
         output.n_correct = (output.logits.argmax(-1) == wanted).sum()
         return output
+
+    def head(self, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab_size"]:
+        """Hidden states, after the final norm, to logits."""
+        logits, cap = self.lm_head(hidden), self.config.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _mask(self, attention_mask: Tensor | None, length: int, seen: int) -> Tensor | None:
         """The last `length` columns as bool, or None where nothing is padded. Padding after a real token, in this call or in an earlier

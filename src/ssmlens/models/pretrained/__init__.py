@@ -1,5 +1,6 @@
 """Checkpoints, ours and other people's: `load` turns a directory or hub id into a model. No code from a checkpoint is ever run."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,11 +11,10 @@ from torch import nn
 
 import ssmlens.models  # noqa: F401  (makes transformers know our model_type)
 from ssmlens.errors import UserError, nearest
-from ssmlens.models.pretrained.mamba import from_transformers_mamba
+from ssmlens.models.pretrained import originals
+from ssmlens.models.pretrained.families import FAMILIES, Unsupported, convert
 
-__all__ = ["from_transformers_mamba", "load", "packaged"]
-
-CONVERTERS = {"mamba": from_transformers_mamba}  # transformers' model_type → a LanguageModel with the same weights
+__all__ = ["FAMILIES", "Unsupported", "convert", "load", "packaged"]
 
 
 def packaged() -> dict[str, Path]:
@@ -24,22 +24,34 @@ def packaged() -> dict[str, Path]:
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
-    """A model from a local directory, the name of a packaged checkpoint, or a hub id; in eval mode, float32.
+    """A model from a local directory, the name of a packaged checkpoint, a hub id, an RWKV .pth or a .gguf file; in eval mode, float32.
 
-    Ours (`model_type: ssmlens`) and transformers' Mamba come back as a `LanguageModel`, other causal language models as
-    transformers' own class. Only safetensors are read. Raises UserError, naming the path, for what cannot be loaded whole."""
+    Ours (`model_type: ssmlens`) and the families of `FAMILIES`, in transformers' format or their authors', come back as a `LanguageModel`,
+    other causal language models as transformers' own class. No code of a checkpoint is run: safetensors, GGUF, and pickles read with
+    `weights_only=True`. Raises UserError, naming the path, for what cannot be loaded whole."""
     name = os.fspath(path)
     local = packaged().get(name, Path(name))
     try:
         is_directory, exists = local.is_dir(), local.exists()
     except OSError as e:
         raise UserError(f"no model at {name[:80]}: {e.strerror}") from None
+    options: dict[str, Any] = {}
     if is_directory:
+        if originals.is_mamba_ssm(_config(local)):
+            return _finite(name, originals.load_mamba_ssm(local)).eval()
         _model_type(local)
         _inspect(local)
         source = str(local)
+    elif exists and local.suffix == ".pth":
+        return _finite(name, originals.load_rwkv(local)).eval()
+    elif exists and local.suffix == ".gguf":
+        source, options = str(local.parent), {"gguf_file": local.name}
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"{name} is a GGUF file, which needs the package gguf: pip install gguf")
     elif exists:
-        raise UserError(f"{name} is a file; give the directory that holds config.json and model.safetensors")
+        raise UserError(
+            f"{name} is a file; give the directory that holds config.json and model.safetensors, an RWKV .pth or a .gguf file"
+        )
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
     else:
@@ -48,20 +60,28 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             f"no model at {name}: no such directory, no packaged checkpoint (there are: {', '.join(known) or 'none'}), not a hub id"
             + nearest(name, known)
         )
-    return _checked(name, *_read(name, source)).eval()
+    return _checked(name, *_read(name, source, options)).eval()
 
 
-def _model_type(directory: Path) -> str:
-    """What config.json says the model is. Raises UserError where it does not say."""
+def _config(directory: Path) -> dict[str, Any]:
+    """config.json. Raises UserError."""
     config = directory / "config.json"
     if not config.is_file():
         raise UserError(f"{directory} holds no config.json: not a model directory")
     try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        tree = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{config} is not readable JSON: {e}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{config} is not readable JSON: it holds no mapping")
+    return tree
+
+
+def _model_type(directory: Path) -> str:
+    """What config.json says the model is. Raises UserError where it does not say."""
+    kind = _config(directory).get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"{config} has no model_type")
+        raise UserError(f"{directory / 'config.json'} has no model_type")
     return kind
 
 
@@ -92,7 +112,7 @@ def _inspect(directory: Path) -> None:
                 )
 
 
-def _read(name: str, source: str) -> tuple[nn.Module, dict[str, Any]]:
+def _read(name: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -101,8 +121,9 @@ def _read(name: str, source: str) -> tuple[nn.Module, dict[str, Any]]:
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32,
+            source, use_safetensors=None if options else True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32,
             ignore_mismatched_sizes=True,  # `_checked` refuses them, by name
+            **options,
         )  # fmt: skip
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
@@ -125,8 +146,15 @@ def _checked(name: str, model: nn.Module, info: dict[str, Any]) -> nn.Module:
     if info.get("mismatched_keys"):
         key, got, want = next(iter(info["mismatched_keys"]))
         raise UserError(f"cannot load {name}: {key} has shape {tuple(got)}, the configuration says {tuple(want)}")
+    _finite(name, model)
+    try:
+        return convert(model, share=True)
+    except Unsupported:
+        return model
+
+
+def _finite(name: str, model: nn.Module) -> nn.Module:
     for key, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"cannot load {name}: {key} contains NaN or infinity")
-    convert = CONVERTERS.get(getattr(model.config, "model_type", ""))
-    return convert(model) if convert else model
+    return model

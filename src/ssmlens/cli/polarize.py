@@ -1,0 +1,85 @@
+"""`ssmlens polarize MODEL [MODEL ...] -o DIR`."""
+
+from pathlib import Path
+from typing import Any
+
+from ssmlens.errors import UserError
+
+LENGTH = 256  # of the random tokens on which old and new are compared
+
+
+def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bool) -> None:
+    if ones + zeros == 0:
+        raise UserError("--ones and --zeros are both 0: there is nothing to add")
+
+    import torch
+
+    from ssmlens import results
+    from ssmlens.cli.diagnose import _names
+    from ssmlens.cli.output import finish
+    from ssmlens.models.pretrained import load
+    from ssmlens.models.retrofit import new_entries, polarize
+    from ssmlens.polarization import Polarization
+
+    polarization = Polarization(ones=ones, zeros=zeros)
+    names = _names(models)
+    places = {name: out if len(models) == 1 else out / name for name in names}
+    for place in places.values():
+        if (place / "config.json").exists():
+            raise UserError(f"{place} holds a model already: choose another directory")
+    rows: list[list[Any]] = []
+    for name, path in zip(names, models, strict=True):
+        model = load(path)
+        try:
+            new = polarize(model, polarization, seed=seed)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from None
+        tokens = torch.randint(0, new.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            before, after = model(input_ids=tokens).logits, new(tokens).logits
+        change = float((after - before).abs().max() / before.abs().max())
+        if not change <= 1e-4:
+            raise UserError(f"{path}: its logits would change by {change:.2g} (relative); nothing was written")
+        _save(new, places[name], Path(path))
+        added = sum(int(mask.sum()) for mask in new_entries(new).values())
+        states = [_state_size(m) for m in (model, new)]
+        rows.append([name, str(new.config.mixer), sum(p.numel() for p in new.parameters()), added, *states, change])
+    c = results.Column
+    table = results.Table(
+        id="polarized", title="Polarized models", rows=rows,
+        columns=[c(name="model"), c(name="mixer"), c(name="parameters", meaning="of the polarized model"), c(name="of them new"),
+                 c(name="state before", unit="numbers"), c(name="state after", unit="numbers"),
+                 c(name="change of logits", meaning="largest, relative to the largest logit, on random tokens")],
+        meaning="The new state channels are not read yet, so logits are the same but for rounding. Train them: ssmlens train CONFIG --from DIR "
+        "--only-polarized, or all parameters without that option.",
+        method=f"{ones} at one and {zeros} at zero appended to every mixer that can have them; {LENGTH} random tokens.",
+    )  # fmt: skip
+    record = results.Record(
+        kind="polarize", title="Polarized: " + ", ".join(names),
+        verdict=[f"{row[0]}: {row[3]:,} of {row[2]:,} parameters are new; the logits changed by {row[6]:.1g} of the largest." for row in rows],
+        tables=[table], config={"ones": ones, "zeros": zeros, "seed": seed}, seeds=[seed], provenance=results.provenance(),
+    )  # fmt: skip
+    finish(record, out, json)
+
+
+def _state_size(model: Any) -> int:
+    return sum(block.mixer.state_size() for block in model.backbone.blocks if block.mixer.polarizable)
+
+
+def _save(model: Any, place: Path, source: Path) -> None:
+    """The model, and what lies beside the old one and belongs to it: tokenizer, what it was trained on. All of it or nothing."""
+    import shutil
+
+    from transformers.utils import logging
+
+    from ssmlens import files
+    from ssmlens.models.pretrained import packaged
+
+    source = packaged().get(str(source), source)
+    logging.disable_progress_bar()
+    with files.replace_directory(place) as temporary:
+        model.save_pretrained(temporary)
+        if source.is_dir():
+            for file in source.iterdir():
+                if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges")) or file.name == "data.json":
+                    shutil.copyfile(file, Path(temporary) / file.name)

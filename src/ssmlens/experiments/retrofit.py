@@ -1,0 +1,249 @@
+"""Does polarization help a model that is trained already? A worked example, not one of the paper's.
+
+A default Mamba learns real text (the English reference inside Python), then goes on for a while in three ways from the same weights, on
+the same batches, for the same number of steps:
+
+    as it is            no polarization, all parameters
+    polarized           one state channel at one and one at zero appended (ssmlens.polarize), all parameters
+    new rows alone      the same, but only what was appended is trained
+
+Measured of each, and of the model before: loss on held-out text, influence over distance, and what a needle far back is still worth.
+A seed is one training from scratch with its three continuations; differences are taken seed by seed.
+"""
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssmlens.experiments import needle
+from ssmlens.experiments.base import Item, Request, choose
+from ssmlens.results import Cell, Column, Figure, Record, Series, Table, Value, provenance
+from ssmlens.training import TrainConfig, sweep, sweep_provenance, train
+from ssmlens.training.schedulers import Report
+
+WAYS = {"before": "before", "plain": "as it is", "polarized": "polarized", "new": "new rows alone"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """length: tokens of a training window, and of what is measured. steps, more: of the first training, of each continuation."""
+
+    d_model: int
+    layers: int
+    length: int
+    batch_size: int
+    steps: int
+    more: int
+    lr: float
+    more_lr: float
+    windows: int
+    sequences: int
+    facts: int
+    depths: tuple[float, ...]
+    seeds: int
+
+
+SCALES = {
+    "smoke": Scale(8, 1, 512, 2, 3, 2, 4e-3, 1e-3, 2, 2, 4, (0.0, 0.5, 1.0), 2),
+    "laptop": Scale(64, 6, 512, 8, 1000, 300, 4e-3, 1e-3, 64, 8, 52, (0.0, 0.25, 0.5, 0.75, 1.0), 3),
+}
+
+
+def run(request: Request) -> Record:
+    choose("scale", request.scale, SCALES)
+    scale = SCALES[request.scale]
+    seeds = list(range(request.seeds or scale.seeds))
+    jobs = [
+        (f"seed{s}", {"item": "retrofit", "scale": request.scale, "sizes": asdict(scale), "seed": s}) for s in seeds
+    ]
+    results = sweep(
+        jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
+        progress=request.progress, title=f"retrofit, {request.scale}",
+    )  # fmt: skip
+    return record(request.scale, seeds, results, sweep_provenance(request.out, results))
+
+
+def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+    """One seed: the training, the three continuations, the measurements. Resumes from what is in `directory`."""
+    from ssmlens.models import LanguageModel, LanguageModelConfig
+    from ssmlens.models.retrofit import polarize, train_only_new
+    from ssmlens.tasks.corpus import CorpusConfig, CorpusStream
+
+    scale, seed = SCALES[config["scale"]], int(config["seed"])
+    total, before = scale.steps + 3 * scale.more, 0
+
+    def stream(seed: int) -> CorpusStream:
+        return CorpusStream(
+            CorpusConfig(length=scale.length, batch_size=scale.batch_size, seed=seed, validation_windows=scale.windows)
+        )
+
+    def trained(
+        model: LanguageModel, name: str, steps: int, lr: float, data: CorpusStream, groups: Any = None
+    ) -> float:
+        nonlocal before
+        settings = TrainConfig(
+            steps=steps, lr=lr, min_lr=lr / 100, warmup_steps=min(100, steps // 10), weight_decay=0.1, clip=1.0, seed=seed,
+            checkpoint_every=250,
+        )  # fmt: skip
+        result = train(
+            model, data, settings, directory / name, resume=True, optimizer_groups=groups or model.parameter_groups(0.1),
+            progress=lambda share: report((before + share * steps) / total),
+        )  # fmt: skip
+        before += steps
+        return result.seconds
+
+    torch.manual_seed(seed)
+    base = LanguageModel(
+        LanguageModelConfig(vocab_size=256, d_model=scale.d_model, n_layers=scale.layers, mixer="mamba")
+    )
+    seconds = {"before": trained(base, "before", scale.steps, scale.lr, stream(seed))}
+    models = {
+        "before": base,
+        "plain": copy.deepcopy(base),
+        "polarized": polarize(base, seed=seed),
+        "new": polarize(base, seed=seed),
+    }
+    for way in ("plain", "polarized", "new"):
+        groups = [{"params": train_only_new(models[way]), "weight_decay": 0.0}] if way == "new" else None
+        # other batches than those of the first training, the same for all three
+        seconds[way] = trained(models[way], way, scale.more, scale.more_lr, stream(seed + 1_000_000), groups)
+    return {
+        way: {
+            "seconds": seconds[way],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **measure(model, scale, seed),
+        }
+        for way, model in models.items()
+    }
+
+
+def measure(model: Any, scale: Scale, seed: int) -> dict[str, Any]:
+    """Bits a byte on held-out text, the influence curve and its numbers, and what needles are worth by depth."""
+    from ssmlens.lens import influence
+    from ssmlens.tasks import corpus
+    from ssmlens.tasks.facts import FACTS
+    from ssmlens.tasks.needle import Grid, Haystack
+
+    text = corpus.python_reference()
+    losses = []
+    with torch.no_grad(), needle.evaluating(model):
+        for tokens, targets in zip(
+            *(t.split(8) for t in corpus.windows(text, scale.length, scale.windows)[:2]), strict=True
+        ):
+            losses.append((float(model(tokens, targets=targets).loss), int((targets >= 0).sum())))
+    bits = sum(loss * n for loss, n in losses) / sum(n for _, n in losses) / 0.6931471805599453
+    i = influence.measure(model, corpus.windows(text, scale.length, scale.sequences).tokens, seed=seed)
+
+    def encode(words: str) -> list[int]:
+        return list(words.encode())
+
+    def decode(ids: list[int]) -> str:
+        return bytes(i % 256 for i in ids).decode(errors="replace")
+
+    hay = Haystack.of(text.name, bytes(text.heldout).decode(errors="replace"), encode, scale.length)
+    found = needle.measure_statements(
+        "model", model, Grid.of(hay, FACTS[: scale.facts], encode), decode, [scale.length], scale.depths
+    )
+    return {
+        "bits": bits, "curve": [float(v) for v in i.score / i.score[1]], "trace": i.tail.value,
+        "context": i.effective_context.value, "needle": [found.moved(d).value for d in scale.depths],
+    }  # fmt: skip
+
+
+def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: dict[str, Any]) -> Record:
+    scale = SCALES[scale_name]
+
+    def of(way: str, key: str, unit: str = "") -> Value:
+        return Value.mean([results[f"seed{s}"][way][key] for s in seeds], unit)
+
+    def gain(way: str, key: str, unit: str = "") -> Value:
+        """Against the continuation without polarization, seed by seed."""
+        return Value.mean([results[f"seed{s}"][way][key] - results[f"seed{s}"]["plain"][key] for s in seeds], unit)
+
+    rows: list[list[Cell]] = []
+    for way, label in WAYS.items():
+        compared = way in ("polarized", "new")
+        rows.append([
+            label, of(way, "bits", "bits/byte"), gain(way, "bits", "bits/byte") if compared else None, of(way, "trace"),
+            gain(way, "trace") if compared else None, of(way, "context", "tokens"), results["seed0"][way]["parameters"],
+        ])  # fmt: skip
+    columns = [
+        Column(name="model"), Column(name="loss", unit="bits/byte"), Column(name="loss, against as it is", unit="bits/byte"),
+        Column(name="trace", meaning="influence over the farther half of the distances, relative to that at distance 1"),
+        Column(name="trace, against as it is"), Column(name="effective context", unit="tokens", meaning="holds 90 % of the squared influence"),
+        Column(name="parameters"),
+    ]  # fmt: skip
+    table = Table(
+        id="retrofit", title="A trained Mamba, trained on with and without polarization", columns=columns, rows=rows,
+        meaning="All three continuations begin at the model of the first row and see the same batches.",
+        method=f"{scale.layers} layers, d_model {scale.d_model}, bytes of Python's own reference, length {scale.length}, batch {scale.batch_size}: "
+        f"{scale.steps} steps at {scale.lr:g}, then {scale.more} at {scale.more_lr:g}; {scale.windows} held-out windows; influence by 8 probes on "
+        f"{scale.sequences} of them. Mean ± standard error over seeds.",
+    )  # fmt: skip
+    distances = list(range(1, scale.length))
+    curves = [
+        _curve(
+            label,
+            [float(d) for d in distances],
+            [[results[f"seed{s}"][way]["curve"][d] for d in distances] for s in seeds],
+        )
+        for way, label in WAYS.items()
+    ]
+    needles = [
+        _curve(label, [100 * d for d in scale.depths], [results[f"seed{s}"][way]["needle"] for s in seeds])
+        for way, label in WAYS.items()
+    ]
+    figures = [
+        Figure(
+            id="influence", title="Influence over distance", x_label="distance (tokens)", y_label="influence, relative to distance 1",
+            x_scale="log", y_scale="log", series=curves, meaning="How much a token still moves the last state, by how far back it lies.",
+            method="Mean over seeds of the root mean square score; bands are standard errors over seeds.",
+        ),
+        Figure(
+            id="needle", title="What a needle is worth", x_label="depth of the needle (% of the text before it)",
+            y_label="log-odds added by the needle (nats)", series=needles,
+            meaning="How far a statement in the text moves the odds of its answer. These models are far too small to answer; this is the trace of it.",
+            method=f"{scale.facts} counterfactual statements in held-out text of {scale.length} bytes, with the statement minus without it.",
+        ),
+    ]  # fmt: skip
+    verdict = [_sentence(label, gain(way, "bits"), gain(way, "trace")) for way, label in list(WAYS.items())[2:]]
+    if scale_name == "smoke":
+        verdict = [
+            "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
+        ]
+    seconds = sum(r["seconds"] for by in results.values() for r in by.values())
+    origin = sorted(
+        {f"{p['commit'] or p['ssmlens']}, {p['device']}, {p['threads']} thread(s)" for p in made_by.values() if p}
+    )
+    return Record(
+        kind="reproduce", title=f"Polarizing a trained Mamba ({scale_name} scale)", verdict=verdict, tables=[table], figures=figures,
+        notes=[f"{len(seeds)} seeds, {seconds / 3600:.2f} core-hours of training.", *(f"Runs made by {o}." for o in origin)],
+        config={"item": "retrofit", "scale": scale_name, "sizes": asdict(scale)}, seeds=seeds, provenance=provenance(),
+    )  # fmt: skip
+
+
+def _curve(name: str, x: list[float], runs: list[list[float]]) -> Series:
+    values = [Value.mean(column) for column in zip(*runs, strict=True)]
+    return Series(name=name, x=x, y=[v.value for v in values], stderr=[v.stderr or 0.0 for v in values], group=name)
+
+
+def _sentence(label: str, bits: Value, trace: Value) -> str:
+    def says(v: Value, unit: str, less: str, more: str) -> str:
+        bounds = v.interval()
+        if bounds is None:
+            return f"{v.value:+.4f} {unit} (one seed)"
+        word = less if bounds[1] < 0 else more if bounds[0] > 0 else "no difference that these seeds can show"
+        return f"{v.value:+.4f} {unit}, 95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}: {word}"
+
+    return (
+        f"{label}, against an equally long training without polarization: loss {says(bits, 'bits/byte', 'better', 'worse')}; "
+        f"trace far back {says(trace, 'of that at distance 1', 'weaker', 'stronger')}."
+    )
+
+
+ITEM = Item(
+    name="retrofit", title="a trained Mamba, polarized and trained on", source="not in the paper", scales=tuple(SCALES), variants=(), run=run
+)  # fmt: skip
