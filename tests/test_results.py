@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.results import Column, Figure, Record, Series, Table, Value, provenance
+from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value, provenance
 
 
 def record(values, cell=1.5):
@@ -40,6 +40,26 @@ def test_infinities_are_null_with_a_flag():
     assert tree["figures"][0]["series"][0]["y"] == [1.0, None, None]
     assert tree["nonfinite"]["/figures/0/series/0/y/1"] == "inf"
     assert tree["nonfinite"]["/figures/0/series/0/y/2"] == "nan"
+
+
+def test_blank_cells_of_a_map_are_null_without_a_flag_each():
+    panel = Panel(name="p", values=[[math.nan, 1.0], [math.inf, 2.0]], stderr=[[math.nan, 0.1], [0.2, 0.3]])
+    heat = Map(id="m", title="t", x_label="x", y_label="y", unit="", x=[0.0, 1.0], y=["a", "b"], panels=[panel])
+    before = record([1.0], cell=2.0).model_copy(update={"maps": [heat]})
+    tree = json.loads(before.to_json())
+    assert tree["maps"][0]["panels"][0]["values"] == [[None, 1.0], [None, 2.0]]
+    assert [k for k in tree["nonfinite"] if k.startswith("/maps")] == ["/maps/0/panels/0/values/1/0"]
+    after = Record.from_json(before.to_json())
+    assert repr(after.maps) == repr(before.maps)
+    with pytest.raises(ValidationError, match="not of shape"):
+        Map(**{**heat.model_dump(), "x": [0.0]})
+
+
+def test_a_record_of_the_first_schema_is_still_read():
+    tree = json.loads(record([1.0]).to_json())
+    tree["schema_version"] = 1
+    del tree["maps"]
+    assert Record.from_json(json.dumps(tree)).maps == []
 
 
 def test_write_is_atomic(tmp_path, monkeypatch):

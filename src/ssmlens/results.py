@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,10 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ssmlens import files
 from ssmlens.errors import UserError
+
+_CELL = re.compile(r"/maps/\d+/panels/\d+/(values|stderr)/")
 
 SCHEMA_VERSION = 2
 READS = (1, 2)  # 2 added maps; a file of 1 is a record without any
@@ -136,6 +139,14 @@ class Panel(_Part):
     values: list[list[float]]
     stderr: list[list[float]] | None = None
     group: str = ""
+
+    @field_validator("values", "stderr", mode="before")
+    @classmethod
+    def _null_is_nan(cls, grid: Any) -> Any:
+        """Blank cells are many, and the file has null for each."""
+        if not isinstance(grid, list):
+            return grid
+        return [[math.nan if v is None else v for v in row] if isinstance(row, list) else row for row in grid]
 
 
 class Map(_Part):
@@ -305,7 +316,8 @@ def _commit() -> str | None:
 
 def _without_nonfinite(node: Any, pointer: str, found: dict[str, str]) -> Any:
     if isinstance(node, float) and not math.isfinite(node):
-        found[pointer] = repr(node)
+        if not (math.isnan(node) and _CELL.match(pointer)):  # there null says as much
+            found[pointer] = repr(node)
         return None
     if isinstance(node, dict):
         escaped = {k: str(k).replace("~", "~0").replace("/", "~1") for k in node}

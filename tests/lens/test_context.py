@@ -49,6 +49,20 @@ def test_a_model_that_looks_back_needs_that_much_context():
     np.testing.assert_allclose(found.by_position[:, 4:], found.full_loss().value, rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [8, 9, 31, 64, 100, 129])
+def test_loss_by_position_without_the_distant_context(length):
+    """Where the model looks back 2 tokens nothing is lost that `distant` tokens keep; where it looks back as far as that, everything."""
+    near, far = (
+        context.measure(Subject("copier", Copier(back), ACCESS), periodic(2, length, back + 1), positions=3)
+        for back in (2, max(3, length // 8))
+    )
+    assert np.isfinite(near.cut).all()
+    if near.distant >= 8:
+        np.testing.assert_allclose(near.cut, near.by_position, rtol=1e-5)
+    np.testing.assert_allclose(far.cut[:, far.distant :], 3, rtol=1e-5)
+    np.testing.assert_allclose(far.cut[:, : far.distant // 2], far.by_position[:, : far.distant // 2], rtol=1e-5)
+
+
 def test_loss_of_a_language_model_is_what_it_would_report():
     m, x = model(), tokens(2, 40)
     found = context.measure(m, x, positions=5)
@@ -91,3 +105,12 @@ def test_what_cannot_be_asked():
         context.measure(Subject("s", Copier(1), Access(ACCESS.embed, ACCESS.run)), periodic(1, 20, 3))
     with pytest.raises(UserError, match="position"):
         context.measure(Subject("s", Copier(1), ACCESS), periodic(1, 20, 3), positions=0)
+
+
+def test_large_models_are_asked_at_fewer_positions(monkeypatch):
+    m, x = model(), tokens(2, 256)
+    assert context.measure(m, x).positions == 64
+    monkeypatch.setattr(context, "_BUDGET", 10)
+    found = context.measure(m, x)
+    assert found.positions == 8
+    assert found.widths.max() == 64

@@ -156,3 +156,12 @@ def test_one_sequence_has_no_difference_to_speak_of():
     assert alone.value == pytest.approx(one.kappa - other.kappa)
     assert alone.interval() is None
     assert decay.difference(many, one, paired=False).interval() is None
+
+
+@pytest.mark.parametrize("n", [1, 8, 128, 129, 1000, 8192])
+def test_what_is_drawn_begins_and_ends_where_the_curve_does(n):
+    shown = decay.spaced(n)
+    assert (shown[0], shown[-1]) == (0, n - 1)
+    assert (np.diff(shown) > 0).all()
+    assert len(shown) <= 128 + 300
+    assert (shown[1:] <= np.maximum(shown[:-1] + 1, 1.02 * shown[:-1] + 1)).all()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ssmlens.errors import UserError
-from ssmlens.lens import Subject, diagnose, verdict
+from ssmlens.lens import MEASURES, Subject, diagnose, verdict
 from ssmlens.lens.comparison import comparisons, sign
 from ssmlens.lens.context import Context
+from ssmlens.lens.progress import Silent
 from ssmlens.lens.smoothing import Smoothing
 from ssmlens.results import Record
 
@@ -31,8 +32,8 @@ def pair():
 
 def test_everything_is_measured_for_everyone(pair):
     names = ["default", "polarized", "default (at initialisation)", "polarized (at initialisation)"]
-    for found in (pair.influence, pair.context, pair.smoothing, pair.transitions):
-        assert list(found) == names
+    for measure in MEASURES:
+        assert list(getattr(pair, measure)) == names
     assert pair.complete
     assert pair.pairs(pair.influence) == [
         ("default", "polarized"), ("default (at initialisation)", "default"), ("polarized (at initialisation)", "polarized"),
@@ -42,19 +43,41 @@ def test_everything_is_measured_for_everyone(pair):
 def test_the_record_survives_its_file(pair, tmp_path):
     record = pair.record()
     read = Record.read(record.write(tmp_path / "results.json"))
-    assert read == record
+    assert read.model_copy(update={"maps": []}) == record.model_copy(
+        update={"maps": []}
+    )  # these hold NaN, which equals nothing
+    assert read.to_json() == record.to_json()
     assert read.complete
     assert read.config["text"] == "random"
     assert read.config["models"]["polarized"]["polarization"]["ones"] == 1
     assert read.notes[0] == "a note"
-    assert "Two trainings of the same configuration would differ too" in read.notes[1]
+    assert "Two trainings of the same configuration would differ too" in read.notes[-1]
     assert read.seeds == [0]
-    assert {t.id for t in read.tables} == {"influence", "context", "sharpness", "transitions", "comparisons", "models"}
-    assert len({f.id for f in read.figures}) == len(read.figures) == 10
+    assert {t.id for t in read.tables} == {
+        "influence", "influence-by-layer", "context", "sharpness", "transitions", "bounds-recency", "bounds-smoothing", "filters-measured",
+        "hidden-attention", "comparisons", "models",
+    }  # fmt: skip
+    ids = [f.id for f in read.figures]
+    assert len(set(ids)) == len(ids)
+    assert ids[:3] == ["influence", "loss-by-context", "loss-by-position"]
+    assert {
+        "influence-by-layer",
+        "influence-ratio",
+        "bounds-decay",
+        "bounds-rates",
+        "bounds-smoothing",
+        "filters-measured",
+    } < set(ids)
+    assert "hidden-attention" not in ids
+    assert [m.id for m in read.maps] == [
+        "transition-values-by-layer", "transition-ranges-by-layer", "transition-horizons-by-layer", "hidden-attention",
+    ]  # fmt: skip
+    assert any(note.startswith("Influence of default was expected to take about") for note in read.notes)
     for figure in read.figures:
         assert figure.meaning
         assert figure.x_label
-        assert {s.group for s in figure.series} == set(pair.influence)
+        if figure.id not in ("influence-ratio", "bounds-decay", "bounds-rates", "bounds-smoothing"):
+            assert {s.group for s in figure.series} == set(pair.influence)
         for series in figure.series:
             lengths = {len(a) for a in (series.x, series.y, series.stderr) if a is not None}
             assert len(lengths) == 1
@@ -146,7 +169,7 @@ def test_comparisons_are_paired_where_the_sequences_are_the_same():
 )  # fmt: skip
 def test_what_is_said_of_distant_text(costs, said):
     costs = np.array(costs)
-    found = Context("m", 32, 1, np.array([1, 2, 4, 8]), 2 + np.tile(costs[:, None], 4), np.full(len(costs), 2.0), np.zeros((len(costs), 31)))  # fmt: skip
+    found = Context("m", 32, 1, np.array([1, 2, 4, 8]), 2 + np.tile(costs[:, None], 4), np.full(len(costs), 2.0), np.zeros((len(costs), 31)), np.zeros((len(costs), 31)))  # fmt: skip
     assert verdict.behaviour(found).startswith(said)
 
 
@@ -189,7 +212,10 @@ def test_hybrids_and_models_without_recurrence(averages, tmp_path):
     notes = " ".join(record.notes)
     if len(averages) == 3:
         assert list(found.transitions) == ["mamba"]
-        assert "other: transitions was not measured, because none of its layers has a diagonal transition." in notes
+        assert (
+            "other: not measured because none of its layers has a diagonal transition: transitions, bounds, hidden attention."
+            in notes
+        )
     else:
         assert found.transitions["other"].numbers == [1, 3]
         assert "other: transitions were measured in layers 1, 3; the others have no diagonal transition." in notes
@@ -200,7 +226,7 @@ def test_hybrids_and_models_without_recurrence(averages, tmp_path):
     found.plot()
 
 
-class StopAfter:
+class StopAfter(Silent):
     """A progress that presses Ctrl-C when the n-th measurement begins."""
 
     def __init__(self, n):
@@ -219,10 +245,11 @@ class StopAfter:
 def test_ctrl_c_keeps_what_is_finished(finished, tmp_path):
     models = {"one": model(), "two": model(1)}
     found = diagnose(models, tokens(1, 16), probes=1, progress=StopAfter(finished), out_dir=tmp_path)
-    done = [(m, n) for m in ("influence", "context", "smoothing", "transitions") for n in getattr(found, m)]
+    done = [(m, n) for m in MEASURES for n in getattr(found, m)]
     assert done == [("influence", "one"), ("influence", "two"), ("context", "one")][:finished]
     assert not found.complete
-    assert len(found.missing) == 8 - finished
+    assert len(found.missing) == 12 - finished  # 16 tokens are too few for filters
+    assert "too few for a frequency" in " ".join(found.skipped)
     record = Record.read(tmp_path / "results.json")
     assert not record.complete
     assert record.verdict[0].startswith("Interrupted")
@@ -241,7 +268,8 @@ def test_a_kill_leaves_what_was_finished(tmp_path):
         diagnose(model(), tokens(1, 16), probes=1, progress=Killed(2), out_dir=tmp_path)
     record = Record.read(tmp_path / "results.json")
     assert not record.complete
-    assert {t.id for t in record.tables} == {"influence", "context", "models"}  # one model: nothing to compare
+    assert {t.id for t in record.tables} >= {"influence", "influence-by-layer", "models"}
+    assert {p.name for p in (tmp_path / "measured").glob("*.npz")} == {"influence-1.npz", "context-1.npz"}
 
 
 def test_what_does_not_apply_is_skipped_and_said():
@@ -250,8 +278,8 @@ def test_what_does_not_apply_is_skipped_and_said():
     assert list(found.influence) == ["bare"]
     assert not found.transitions
     notes = " ".join(found.record().notes)
-    assert "transitions was not measured" in notes
-    assert "smoothing was not measured" in notes
+    assert "does not show its transitions: transitions" in notes
+    assert "its blocks were not found: smoothing" in notes
 
 
 def test_names_and_inputs():
@@ -279,7 +307,7 @@ def test_the_same_seed_gives_the_same_numbers():
 
 def test_plot_draws_every_figure(pair):
     canvas = pair.plot()
-    assert len(canvas.axes) == 10
+    assert len(canvas.axes) == len(pair.figures())
     assert all(axes.get_xlabel() and axes.get_ylabel() and axes.lines for axes in canvas.axes)
 
 
@@ -303,6 +331,25 @@ def test_layers_that_only_keep_or_have_no_transition_are_said_so():
     found = diagnose({name: model(mixer=name) for name in ("linear_attention", "s4")}, tokens(2, 16), probes=1)
     assert "In linear_attention the median learned state channel loses nothing;" in str(found)
     assert (
-        "s4: transitions was not measured, because none of its layers has a diagonal transition."
+        "s4: not measured because none of its layers has a diagonal transition: transitions, bounds, hidden attention."
         in found.record().notes
     )
+
+
+def test_a_transformer_of_the_same_size_beside_it():
+    found = diagnose(
+        {"mamba": model(n_layers=6)}, tokens(3, 32), probes=1, measures=["smoothing", "transitions"], at_initialisation=True, transformer=True
+    )  # fmt: skip
+    mamba, fresh, beside = (s for s in found.subjects)
+    assert (fresh.name, beside.name) == ("mamba (at initialisation)", "transformer (at initialisation)")
+    sizes = [sum(p.numel() for block in s.blocks for p in block.parameters()) for s in (mamba, beside)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert list(found.smoothing) == ["mamba", fresh.name, beside.name]
+    assert found.pairs(found.smoothing) == [(fresh.name, "mamba"), (beside.name, fresh.name)]
+    said = found.record().verdict
+    assert any(
+        s.startswith(f"{fresh.name} and {beside.name} blur") or f"than {beside.name}" in s or beside.name in s
+        for s in said
+    )
+    assert not any(s.startswith("Depth") and beside.name in s for s in said), "nothing is said of the untrained alone"
+    assert all(panel.group == "mamba" for m in found.maps() for panel in m.panels)

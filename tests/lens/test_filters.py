@@ -57,7 +57,10 @@ def test_no_response_beyond_the_bound_and_none_above_epsilon_beyond_the_cut_off(
     one = continuous(a, b, c)
     measured, bound, tight = (x[0] for x in one.cut_off(epsilon))
     assert measured <= tight * (1 + 1e-9) <= bound * (1 + 1e-9)
-    omega = torch.from_numpy(np.geomspace(1e-4, 1e4, 20000))[None]
+    around = np.abs(a.imag)[0, :, None] + np.abs(a.real)[0, :, None] * np.linspace(
+        -3, 3, 101
+    )  # narrow resonances lie between points of a grid
+    omega = torch.from_numpy(np.concatenate([np.geomspace(1e-4, 1e4, 20000), np.abs(around).flatten()]))[None]
     size = one.continuous(omega).abs()[0].numpy()
     level = epsilon * size.max()
     assert (size[omega[0].numpy() >= tight] <= level * (1 + 1e-9)).all()

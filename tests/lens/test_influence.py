@@ -12,6 +12,7 @@ from ssmlens.errors import UserError
 from ssmlens.lens import influence
 from ssmlens.lens.subject import Access, Subject
 
+from .models import model
 from .systems import ACCESS, Gated, Recurrence
 
 
@@ -217,3 +218,44 @@ def test_figure_and_table_say_what_was_measured():
     assert alone.stderr is None
     assert alone.effective_context.stderr is None
     assert alone.figure().series[0].stderr is None
+
+
+def test_the_ratio_of_two_models_is_the_difference_of_their_rates():
+    """a^d over b^d, each relative to its own total: a straight line in the logarithm."""
+    slow, fast = (
+        influence.measure(Subject(name, Recurrence(torch.full((4,), a), np.eye(4)), ACCESS), tokens(3, 100), floor=0.0)
+        for name, a in (("slow", 0.9), ("fast", 0.8))
+    )
+    line, fit = influence.ratio_figure([(slow, fast)]).series
+    assert line.name == "fast / slow"
+    assert line.x[-1] == 64
+    slopes = np.diff(np.log(line.y))
+    np.testing.assert_allclose(slopes, math.log(0.8 / 0.9), rtol=1e-5)
+    totals = [1 / (1 - a**2) for a in (0.9, 0.8)]
+    assert line.y[0] == pytest.approx(0.8 / 0.9 * math.sqrt(totals[0] / totals[1]), rel=1e-4)
+    assert fit.name == "fast / slow: falls by 11 % per token"
+    assert max(line.stderr) < 1e-3
+    assert influence.ratio_figure([]) is None
+
+
+def test_influence_from_every_layer():
+    """From the last block's input the output is a residual path plus one layer: its effective context cannot exceed that of the whole."""
+    found = influence.measure(model(n_layers=3), tokens(3, 48, 32))
+    assert found.n_layers == 3
+    np.testing.assert_array_equal(found.by_depth[0], found.squares)
+    assert len(found.layer_fits) == len(found.layer_contexts) == 3
+    assert found.layer_fits[0].kappa == found.fit.kappa
+    assert found.layer_contexts[0].value == found.effective_context.value
+    table = next(t for t in found.tables() if t.id == "influence-by-layer")
+    assert [row[1] for row in table.rows] == [1, 2, 3]
+    figure = next(f for f in found.figures() if f.id == "influence-by-layer")
+    assert {s.name for s in figure.series} == {"model: half-life", "model: effective context"}
+
+
+def test_the_floor_is_known_beyond_the_tokens_that_it_is_measured_on():
+    """At 512 tokens the FFT's noise is not reached yet; at 1400 everything is noise."""
+    subject = Subject("fft", Spectral(torch.full((4,), 0.98), np.eye(4)), ACCESS)
+    found = influence.measure(subject, tokens(1, 1400))
+    assert 1e-8 < found.floor.value < 1e-3
+    assert 300 < found.fit.last < 900
+    assert found.fit.kappa == pytest.approx(-math.log(0.98), rel=0.02)

@@ -184,3 +184,14 @@ def test_memories_are_called_smoother_only_where_the_sequences_agree():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(UserError, match="no blocks"):
         smoothing.measure(Subject("s", Recurrence(torch.ones(2), np.eye(2)), ACCESS), tokens(1, 10, 16))
+
+
+def test_large_models_are_measured_in_fewer_layers(monkeypatch):
+    monkeypatch.setattr(smoothing, "large", lambda subject, length: True)
+    monkeypatch.setattr(smoothing, "_LARGE_LAYERS", 2)
+    found = smoothing.measure(model(n_layers=4), tokens(2, 24))
+    assert found.layers == {"b": [1, 4], "h": [1, 4], "mixer": [1, 2, 3, 4], "block": [1, 2, 3, 4]}
+    all_of_them = smoothing.measure(model(n_layers=4), tokens(2, 24), states=True)
+    assert all_of_them.layers["b"] == [1, 2, 3, 4]
+    np.testing.assert_allclose(found.distance["h"], all_of_them.distance["h"][:, [0, 3]])
+    assert "b" not in smoothing.measure(model(), tokens(2, 24), states=False).distance

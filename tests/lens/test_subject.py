@@ -6,6 +6,7 @@ from torch import nn
 
 from ssmlens.errors import UserError
 from ssmlens.lens import influence, smoothing
+from ssmlens.lens import subject as subject_module
 from ssmlens.lens.subject import Access, Subject
 
 from .models import hybrid, model, tokens
@@ -147,3 +148,40 @@ def test_other_models_are_refused():
 def test_tokens_outside_the_vocabulary(bad):
     with pytest.raises(UserError, match=r"knows 0\.\.31"):
         Subject("m", model()).tokens(bad)
+
+
+def test_what_is_remembered_is_what_was_seen(monkeypatch):
+    made = Subject("m", model())
+    runs, seen = [], []
+    handle = made.model.backbone.register_forward_hook(lambda *args: runs.append(1))
+    try:
+        with made.remembering():
+            for x in (tokens(1, 12), tokens(1, 12), tokens(1, 12, seed=1)):
+                made.walk(x, seen.append)
+            assert len(runs) == 2
+            monkeypatch.setattr(subject_module, "_REMEMBERED", 10)
+            for _ in range(2):
+                made.walk(tokens(1, 12, seed=2), seen.append)
+            assert len(runs) == 4, "too much to be remembered"
+        made.walk(tokens(1, 12), seen.append)
+        assert len(runs) == 5
+    finally:
+        handle.remove()
+    assert [one.index for one in seen[:4]] == [0, 1, 0, 1]
+    for one, same in zip(seen[:2], seen[2:4], strict=True):
+        assert one.out is same.out
+        assert not one.out.requires_grad
+
+
+def test_a_walk_that_was_broken_off_is_not_remembered():
+    made = Subject("m", model())
+
+    def stop(one):
+        raise KeyboardInterrupt
+
+    seen = []
+    with made.remembering():
+        with pytest.raises(KeyboardInterrupt):
+            made.walk(tokens(1, 12), stop)
+        made.walk(tokens(1, 12), seen.append)
+    assert [one.index for one in seen] == [0, 1]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ssmlens.errors import UserError
 from ssmlens.lens import decay
 from ssmlens.lens.layers import choose, in_double
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import BlockPass, Subject
 from ssmlens.lens.theorems import Inequality, Products, inequalities, products, stacked
@@ -84,7 +85,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Bounds:
+class Bounds(Shown):
     """numbers[i]: which layer of the model layers[i] is, counted from 1 (those without a diagonal transition are not among them)."""
 
     name: str
@@ -268,8 +269,8 @@ def _curves(r: Bounds, index: int) -> list[Series]:
     """Measured score, bound and slowest product of one layer; the latter two raised to touch the first."""
     layer, number = r.layers[index], r.numbers[index]
     score = layer.score
-    seen = np.flatnonzero(score > FLOOR * score.max())
-    seen = seen[seen > 0]
+    seen = decay.spaced(len(score))
+    seen = seen[(score[seen] > FLOOR * score.max()) & (seen > 0)]
     far = seen[seen >= _nearest(len(score))]  # where the recurrence alone is at work
     if len(far) < 2:
         return []

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from ssmlens.lens import decay
-from ssmlens.results import Cell, Column, Table, Value
+from ssmlens.lens import decay, influence
+from ssmlens.results import Cell, Column, Figure, Table, Value
 
 if TYPE_CHECKING:
     from ssmlens.lens.diagnosis import Diagnosis
@@ -68,6 +68,12 @@ def comparisons(d: "Diagnosis") -> list[Comparison]:
         )
         found.append(Comparison("relative sharpness, last layer over first", b, a, value, d.paired(a, b)))
     return found
+
+
+def figures(d: "Diagnosis") -> list[Figure]:
+    """What is a picture of two models at once: influence of one over that of the other."""
+    made = influence.ratio_figure([(d.influence[a], d.influence[b]) for a, b in d.pairs(d.influence)])
+    return [made] if made else []
 
 
 def table(found: Sequence[Comparison]) -> Table:

@@ -5,13 +5,16 @@
 The same next tokens are predicted with the last W tokens only, for W = 1, 2, 4, .., and with everything before them (full). Influence says what the
 output *could* depend on; this says what the prediction *gains* from it. Differences to full are paired by position, so their standard
 error over sequences is small. All positions lie in the second half of their sequence. A window starts from the empty state, as a text does.
+
+At every position, the loss without the distant context is that of overlapping pieces of the text, each read from the empty state: of every piece but the first the
+second half counts, whose tokens see between W/2 and W tokens (W: `distant`).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,18 +23,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens.errors import UserError
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import Subject
 from ssmlens.results import Cell, Column, Figure, Series, Table, Value
 
 Array = np.ndarray
 _TOKENS_AT_ONCE = 8192
+_BUDGET = 10**12  # multiplications and additions for all windows, about 10 s on two cores
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
+class Context(Shown):
     """loss[i, j]: sequence i, mean over its positions with only the last widths[j] tokens; full[i]: with all of them.
-    by_position[i, t]: the loss at every position of sequence i, from one pass with everything before it. Bits per token."""
+    by_position[i, t]: the loss at every position of sequence i, from one pass with everything before it; cut[i, t]: with the last `distant` tokens at
+    most. Bits per token."""
 
     name: str
     length: int
@@ -40,6 +46,7 @@ class Context:
     loss: Float[Array, "n W"]
     full: Float[Array, " n"]
     by_position: Float[Array, "n length-1"] = field(repr=False)
+    cut: Float[Array, "n length-1"] = field(repr=False)
 
     @property
     def n_sequences(self) -> int:
@@ -63,7 +70,7 @@ class Context:
     @property
     def distant(self) -> int:
         """The width beyond which text is called distant, about an eighth of the length: far enough for a model to have lost it."""
-        return int(max(w for w in self.widths if w <= max(self.length // 8, 1)))
+        return _distant(self.length)
 
     def _index(self, width: int) -> int:
         found = np.flatnonzero(self.widths == width)
@@ -74,6 +81,9 @@ class Context:
     def figures(self) -> list[Figure]:
         return figures([self])
 
+    def tables(self) -> list[Table]:
+        return [table([self])]
+
     def table_rows(self) -> list[list[Cell]]:
         return table([self]).rows
 
@@ -82,11 +92,12 @@ def measure(
     model: nn.Module | Subject,
     inputs: Any,
     *,
-    positions: int = 64,
+    positions: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Context:
-    """Loss with and without the distant context on the sequences of `inputs` (sequences, length), at `positions` positions of each.
+    """Loss with and without the distant context on the sequences of `inputs` (sequences, length), at `positions` positions of each (None: 64; in a model
+    of many parameters as few as 8, and windows no longer than a quarter of the length).
 
     Raises UserError for bad tokens, too many positions, or a model without a head."""
     subject = Subject.of(model)
@@ -96,19 +107,26 @@ def measure(
     if not subject.has_head:
         raise UserError(f"{subject.name} has no head: it predicts no tokens")
     half = np.arange(length // 2, length - 1)
+    widths = 2 ** np.arange(int(math.log2(length // 2)) + 1)
+    if positions is None:
+        affordable = _BUDGET // (2 * sum(p.numel() for p in subject.model.parameters()) * n * int(widths.sum()) or 1)
+        if affordable < 16 and length >= 64:
+            widths, affordable = widths[:-1], 2 * affordable
+        positions = min(64, max(8, affordable))
     positions = min(positions, len(half))
     if positions < 1:
         raise UserError("at least one position is needed")
     rng = np.random.default_rng(seed)
     at = np.stack([np.sort(rng.choice(half, positions, replace=False)) for _ in range(n)])
-    widths = 2 ** np.arange(int(math.log2(length // 2)) + 1)
-    progress.begin(f"{subject.name}: context", n * (length + positions * int(widths.sum())))  # in tokens run
+    progress.begin(f"{subject.name}: context", n * (3 * length + positions * int(widths.sum())))  # in tokens run
     with subject.still(), torch.no_grad():
-        by_position = np.zeros((n, length - 1))
+        by_position, cut = np.zeros((n, length - 1)), np.zeros((n, length - 1))
         for i in range(n):
             hidden = subject.run(subject.embed(tokens[i : i + 1]))[0, :-1]
             by_position[i] = _bits(subject, hidden, tokens[i, 1:])
             progress.step(length)
+            cut[i] = _cut(subject, tokens[i], _distant(length))
+            progress.step(2 * length)
         loss = np.zeros((n, len(widths)))
         for j, width in enumerate(widths):
             windows = np.stack([tokens[i, t - width + 1 : t + 1].cpu().numpy() for i in range(n) for t in at[i]])
@@ -120,7 +138,27 @@ def measure(
     if not np.isfinite(loss).all():
         raise UserError(f"{subject.name} predicts these inputs with a loss that is NaN or infinite")
     full = np.take_along_axis(by_position, at, axis=1).mean(1)
-    return Context(subject.name, length, positions, widths, loss, full, by_position)
+    return Context(subject.name, length, positions, widths, loss, full, by_position, cut)
+
+
+def _distant(length: int) -> int:
+    return int(2 ** int(math.log2(max(length // 8, 1))))
+
+
+def _cut(subject: Subject, tokens: Int[Tensor, " length"], width: int) -> Float[Array, " length-1"]:
+    """The loss of every next token of one sequence from between width/2 and width tokens, fewer at its beginning. Where width is 1, from one."""
+    length, step = len(tokens), max(1, width // 2)
+    starts = list(range(0, max(1, length - 1 - width + step), step))
+    out = np.full(length - 1, math.nan)  # every place is filled
+    for some in torch.tensor(starts).split(max(1, _TOKENS_AT_ONCE // width)):
+        at = (some[:, None] + torch.arange(width)).clamp_max(length - 1).to(tokens.device)
+        hidden = subject.run(subject.embed(tokens[at]))
+        for row, start in enumerate(some.tolist()):
+            first = 0 if start == 0 else width - step
+            stop = min(width, length - 1 - start)
+            where = slice(start + first, start + stop)
+            out[where] = _bits(subject, hidden[row, first:stop], tokens[where.start + 1 : where.stop + 1])
+    return out
 
 
 def _window_loss(subject: Subject, windows: Int[Tensor, "m width"], wanted: Int[Tensor, " m"]) -> Float[Array, " m"]:
@@ -156,12 +194,19 @@ def figures(results: Sequence[Context]) -> list[Figure]:
             Series(name=f"{r.name}: everything", x=ends, y=[r.full_loss().value] * 2, style="fit", group=r.name)
         )
         edges = _bins(r.length - 1)
-        binned = [Value.mean(r.by_position[:, a:b].mean(1)) for a, b in pairwise(edges)]
-        stderr = [v.stderr for v in binned if v.stderr is not None]
         centres = [(a + b - 1) / 2 + 1 for a, b in pairwise(edges)]
-        positions.append(
-            Series(name=r.name, x=centres, y=[v.value for v in binned], stderr=stderr or None, group=r.name)
+        lines: tuple[tuple[str, Array, Literal["line", "fit"]], ...] = (
+            (r.name, r.by_position, "line"),
+            (f"{r.name}: last {r.distant} tokens at most", r.cut, "fit"),
         )
+        for name, losses, style in lines:
+            binned = [Value.mean(losses[:, a:b].mean(1)) for a, b in pairwise(edges)]
+            stderr = [v.stderr for v in binned if v.stderr is not None]
+            positions.append(
+                Series(
+                    name=name, x=centres, y=[v.value for v in binned], stderr=stderr or None, group=r.name, style=style
+                )
+            )
     return [
         Figure(
             id="loss-by-context", title="What the distant context is worth", x_label="last tokens that the model sees",
@@ -170,9 +215,9 @@ def figures(results: Sequence[Context]) -> list[Figure]:
             "reached its thin line, no gain from more distant tokens can be seen.",
         ),
         Figure(
-            id="loss-by-position", title="Loss by position", x_label="tokens seen so far", y_label="loss (bits per token)", x_scale="log",
-            series=positions, method=f"Mean over {results[0].n_sequences} sequences in bins of equal ratio, with its standard error.",
-            meaning="A model that uses its context predicts better the more it has seen.",
+            id="loss-by-position", title="Loss by position, with and without the distant context", x_label="tokens seen so far", y_label="loss (bits per token)", x_scale="log",
+            series=positions, method=f"Mean over {results[0].n_sequences} sequences in bins of equal ratio, with its standard error. Thin: {_pieces(results[0])}",
+            meaning="A model that uses its context predicts better the more it has seen. Thin: the distant context taken away; where it lies above, the model had used it.",
         ),
     ]  # fmt: skip
 
@@ -198,6 +243,10 @@ def table(results: Sequence[Context]) -> Table:
         meaning="Extra bits per token when the model sees only the last tokens. 0 within its error: what lies further back is worth no more "
         "than that error.",
     )  # fmt: skip
+
+
+def _pieces(r: Context) -> str:
+    return f"from overlapping pieces of {r.distant} tokens, the second half of each, which sees at least {max(1, r.distant // 2)} tokens."
 
 
 def _method(r: Context) -> str:

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ssmlens.results import Value
 
 ENOUGH_SEQUENCES = 5
 RESAMPLES = 1000
+_EVERY = 128
 
 Array = np.ndarray
 
@@ -69,6 +70,22 @@ class Fit:
 
     def line(self, distances: Float[Array, " m"]) -> Float[Array, " m"]:
         return np.exp(self.intercept - self.kappa * np.asarray(distances, dtype=float))
+
+
+def half_life_value(fit: Fit | None) -> Value | None:
+    """Its half-life with its standard error, tokens; None without a fit."""
+    if fit is None:
+        return None
+    error = fit.half_life_stderr
+    return Value(value=fit.half_life, stderr=error if math.isfinite(error) else None, n=fit.n, unit="tokens")
+
+
+def spaced(distances: int) -> Int[Array, " m"]:
+    """Distances to be drawn: every one up to 128, then growing by 1.5 %, and the last. What is fitted is fitted to all."""
+    if distances <= _EVERY:
+        return np.arange(distances)
+    far = np.geomspace(_EVERY, distances - 1, int(math.log(distances / _EVERY) / 0.015) + 2)
+    return np.unique(np.concatenate([np.arange(_EVERY), np.round(far).astype(int)]))
 
 
 def difference(one: Fit, other: Fit, *, paired: bool) -> Value:

@@ -20,7 +20,7 @@ Legend: d inner channels, w frequencies, n sequences, T tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssmlens.errors import UserError
-from ssmlens.lens.layers import choose, in_double
+from ssmlens.lens.layers import choose, in_double, large
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import BlockPass, Subject
 from ssmlens.lens.transfer import system
@@ -127,7 +128,7 @@ def response(
 
 
 @dataclass(frozen=True, eq=False)
-class Filters:
+class Filters(Shown):
     """By number of the layer, counted from 1. invariant: every time-invariant layer; responses: the layers that were linearised."""
 
     name: str
@@ -158,18 +159,19 @@ def measure(
     layers: int | Sequence[int] | None = 3,
     points: int = 8,
     directions: int = 2,
-    longest: int = 512,
+    longest: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Filters:
     """The filter of every time-invariant layer, and the response around the sequences of `inputs` (sequences, length) of some layers.
 
     layers: how many to linearise, spread evenly over the depth, or their numbers, counted from 1, or None for all. Each costs points · (2 directions) passes of its mixer
-    over at most `longest` tokens of each sequence. Raises UserError for bad tokens or options, NaN, and a model that has no mixers of ssmlens' kind."""
+    over at most `longest` tokens of each sequence (None: 512, in a large model 256). Raises UserError for bad tokens or options, NaN, and a model that has no mixers of ssmlens' kind."""
     subject = Subject.of(model)
     known = [i for i, mixer in enumerate(subject.mixers) if isinstance(mixer, Mixer)]
     if not known:
         raise UserError(f"{subject.name} has no mixers that can be run by themselves: only ssmlens' own models do")
+    longest = longest or (256 if large(subject, 512) else 512)
     if directions < 1 or points < 2 or longest < 32:
         raise UserError(
             f"at least one direction, two points and 32 tokens are needed, not {directions}, {points} and {longest}"
@@ -244,7 +246,7 @@ def _measured(r: Filters, number: int) -> Series:
 
 def _filter(r: Filters, number: int) -> list[Series]:
     one, made = r.invariant[number], []
-    curves: tuple[tuple[str, Array, Literal[line, fit]], ...] = (
+    curves: tuple[tuple[str, Array, Literal["line", "fit"]], ...] = (
         ("learned modes", one.learned, "line"),
         ("with skip and zeros", one.whole, "fit"),
     )
@@ -257,7 +259,7 @@ def _filter(r: Filters, number: int) -> list[Series]:
 
 def _cut_offs(r: Filters) -> list[Series]:
     numbers = sorted(r.invariant)
-    parts: tuple[tuple[str, int, Literal[points, fit]], ...] = (("measured", 0, "points"), ("bound", 2, "fit"))
+    parts: tuple[tuple[str, int, Literal["points", "fit"]], ...] = (("measured", 0, "points"), ("bound", 2, "fit"))
     return [
         Series(
             name=f"{r.name}: {what}", x=[float(n) for n in numbers], group=r.name, style=style,

@@ -31,20 +31,22 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ssmlens import ops
 from ssmlens.errors import UserError
-from ssmlens.lens.layers import choose
+from ssmlens.lens.layers import choose, in_double
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import BlockPass, Subject
 from ssmlens.ops import reference
-from ssmlens.results import Cell, Column, Figure, Series, Table, Value
+from ssmlens.results import Cell, Column, Figure, Map, Panel, Series, Table, Value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 Array = np.ndarray
+_STEP = 1e-5  # of the largest number in a state: truncation and rounding both below 1e-9 of the derivative
+_MODELS = 3
 _OPERATORS = ("selective_scan", "lti_convolution", "gated_linear_attention", "linear_scan", "rwkv4_attention")
 
 
@@ -160,9 +162,11 @@ def _mean_weights(k: Float[Tensor, "T G"], w: Float[Tensor, " G"], u: Float[Tens
 def contributions(
     mixer: Any, x: Float[Tensor, "1 length d_model"], window: slice | None = None
 ) -> Float[Tensor, "W W"]:
-    """‖∂y_t/∂h · (Π_{r=s+1..t} a_r) u_s‖ for the tokens t and s of the window, in the unit of y. By forward-mode differentiation of `decode`,
-    one pass for each s. Memory: the states of one layer at every token, three times. Raises ValueError where a mixer has no coefficients."""
-    c = mixer.coefficients(x)
+    """‖∂y_t/∂h · (Π_{r=s+1..t} a_r) u_s‖ for the tokens t and s of the window, in the unit of y. By central differences of `decode` in float64, two passes
+    for each s. Memory: the states of one layer at every token, three times. Raises ValueError where a mixer has no coefficients."""
+    twin: Any = in_double(mixer)
+    x = x.to(next((p.device for p in twin.parameters()), torch.device("cpu")), torch.float64)
+    c = twin.coefficients(x)
     first, stop, _ = (window or slice(None)).indices(x.shape[1])
     states, u = c.states(), c.u
     out = torch.zeros(stop - first, stop - first, dtype=x.dtype, device=x.device)
@@ -171,14 +175,14 @@ def contributions(
         trace[:, s] = u[:, s]
         for t in range(s + 1, stop):
             trace[:, t] = c.a_at(slice(t, t + 1))[:, 0] * trace[:, t - 1]
-        with forward_ad.dual_level():
-            moved = forward_ad.unpack_dual(mixer.decode(forward_ad.make_dual(states, trace), x)).tangent
+        step = _STEP * float(states.abs().max()) / (float(trace.abs().max()) or 1.0)
+        moved = (twin.decode(states + step * trace, x) - twin.decode(states - step * trace, x)) / (2 * step or 1.0)
         out[s - first :, s - first] = moved[0, s:stop].norm(dim=-1)
     return out
 
 
 @dataclass(frozen=True, eq=False)
-class HiddenAttention:
+class HiddenAttention(Shown):
     """matrices[l] (n, W, W): mean over groups of |α_{t,s}|, rows t, columns s, of layer l (counted from 1); kinds[l]: "weights", or "contributions" where
     the mixer has none. start: the first token of the window."""
 
@@ -225,6 +229,12 @@ class HiddenAttention:
 
     def figures(self) -> list[Figure]:
         return figures([self])
+
+    def maps(self) -> list[Map]:
+        return maps([self])
+
+    def tables(self) -> list[Table]:
+        return [table([self])]
 
     def table_rows(self) -> list[list[Cell]]:
         return table([self]).rows
@@ -287,7 +297,7 @@ def _unhooked(mixer: nn.Module) -> nn.Module:
 
 
 def figures(results: Sequence[HiddenAttention]) -> list[Figure]:
-    """Mean share by distance, a line for each layer. The heat maps are `plot`'s: a record's figures are made of lines."""
+    """Mean share by distance, a line for each layer; the heat maps are `maps`."""
     series = []
     for r in results:
         for layer in r.matrices:
@@ -311,6 +321,33 @@ def figures(results: Sequence[HiddenAttention]) -> list[Figure]:
             "last few tokens only; a flat one at all of the window.",
         )
     ]  # fmt: skip
+
+
+def maps(results: Sequence[HiddenAttention], sequence: int = 0) -> list[Map]:
+    """Shares of the weights in one sequence as heat maps, those of the same window together; of more than three models the first and the last layer."""
+    made: list[Map] = []
+    for start, window in dict.fromkeys((r.start, r.window) for r in results):
+        shown = [r for r in results if (r.start, r.window) == (start, window)]
+        panels = []
+        for r in shown:
+            for layer in list(r.matrices) if len(shown) <= _MODELS else [min(r.matrices), max(r.matrices)]:
+                share = r.shares(layer)[sequence]
+                values = [
+                    [float(f"{x:.3g}") if s <= t else math.nan for s, x in enumerate(row)]
+                    for t, row in enumerate(share)
+                ]
+                panels.append(Panel(name=f"{r.name}, layer {layer}", values=values, group=r.name))
+        at = [float(t) for t in range(start, start + window)]
+        made.append(
+            Map(
+                id=f"hidden-attention-{start}-{window}" if made else "hidden-attention", title="Hidden attention: which tokens every output is made of",
+                x_label="token s that is read", y_label="output t", unit="share of the weights in y_t", x=at, y=at, panels=panels,
+                scale="log", low=1e-4, high=1.0, method=_method(shown[0]) + f" Shown: sequence {sequence + 1}.",
+                meaning="What attention weights would be in a transformer, for a recurrent layer: how much each token's value counts in each output. A bright "
+                "diagonal only: the layer looks at the last few tokens. Bright columns: tokens that are kept.",
+            )
+        )  # fmt: skip
+    return made
 
 
 def table(results: Sequence[HiddenAttention]) -> Table:

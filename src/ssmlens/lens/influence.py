@@ -4,8 +4,11 @@
 
 x_s is the input embedding of token s (d_model), y_t the last hidden state before the head (or the logits on request). Two methods for
 the same number: `exact`, one vector-Jacobian product per output dimension, and `probes`, k random ±1 vectors v, for which
-E‖vᵀJ‖² = ‖J‖_F² (the mean of *squares* is unbiased, the mean of norms is not). Either is one forward pass and many backward passes
-through its graph, so memory is linear in the length.
+E‖vᵀJ‖² = ‖J‖_F² (the mean of *squares* is unbiased, the mean of norms is not). Either goes backwards through the model block by block
+(`ssmlens.lens.jacobian`), so memory is linear in the length and does not grow with the depth's graphs; what it will take is said first.
+
+On the way every layer's share comes by: ‖∂y_t/∂xˡ_s‖, xˡ what enters block l. It says from which depth on a distant token still reaches the output. How fast one
+layer alone forgets, of which Theorem 3.1 speaks, is measured from its mixer's input to its mixer's output, in `ssmlens.lens.bounds`.
 
 Only what lies above the noise floor is fitted (`ssmlens.lens.floor`, which measures it).
 
@@ -25,19 +28,26 @@ from torch import Tensor, nn
 
 from ssmlens.errors import UserError
 from ssmlens.lens import decay
+from ssmlens.lens.cost import Cost, plan
 from ssmlens.lens.floor import Floor, noise_floor
+from ssmlens.lens.influence_views import figure, figures, position_figure, ratio_figure, table, tables
+from ssmlens.lens.jacobian import Ask, Backward
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import Subject
-from ssmlens.results import Cell, Column, Figure, Series, Table, Value
+from ssmlens.results import Cell, Figure, Table, Value
+
+__all__ = ["Influence", "figure", "figures", "measure", "position_figure", "ratio_figure", "table", "tables"]
 
 Array = np.ndarray
-SHARES = (0.01, 0.1, 0.5)
+_LONG = 10.0  # seconds, from which on the noise floor has a bar of its own
 
 
 @dataclass(frozen=True, eq=False)
-class Influence:
-    """squares[i, d]: for sequence i, the sum over its targets of the (mean over probes of the) squared score at distance d;
-    counts[i, d]: of how many targets. Everything else follows from these."""
+class Influence(Shown):
+    """by_depth[l, i, d]: for sequence i, the sum over its targets of the (mean over probes of the) squared score at distance d, from the input of block
+    l + 1; squares: the first of these, from the embeddings. counts[i, d]: of how many targets. Everything else follows from these.
+    cost: what it was expected to take."""
 
     name: str
     method: str
@@ -45,10 +55,15 @@ class Influence:
     length: int
     targets: str
     seed: int
-    squares: Float[Array, "n D"]
+    by_depth: Float[Array, "layers n D"] = field(repr=False)
     counts: Float[Array, "n D"]
     floor: Floor
     fit: decay.Fit | None = field(repr=False)
+    cost: Cost | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def squares(self) -> Float[Array, "n D"]:
+        return self.by_depth[0]
 
     @property
     def n_sequences(self) -> int:
@@ -108,14 +123,42 @@ class Influence:
 
     @property
     def half_life(self) -> Value | None:
-        return _half_life(self.fit, self.n_sequences)
+        return decay.half_life_value(self.fit)
 
-    def _value(self, statistic: Any, unit: str = "") -> Value:
-        value, error = decay.with_stderr(statistic, self.squares, self.counts, self.seed)
+    def _value(self, statistic: Any, unit: str = "", squares: Float[Array, "n D"] | None = None) -> Value:
+        value, error = decay.with_stderr(
+            statistic, self.squares if squares is None else squares, self.counts, self.seed
+        )
         return Value(value=value, stderr=error, n=self.n_sequences, unit=unit)
+
+    @property
+    def n_layers(self) -> int:
+        """From how many depths influence was measured; 1: from the embeddings alone."""
+        return len(self.by_depth)
+
+    @cached_property
+    def layer_fits(self) -> list[decay.Fit | None]:
+        """The decay of influence from every block's input (the first: the embeddings). The noise floor is as far below each largest score."""
+        curves = [decay.pooled_curve(squares, self.counts) for squares in self.by_depth]
+        floors = [self.floor.value * float(curve.max() / (curves[0].max() or 1)) for curve in curves]
+        return [
+            decay.fit_decay(squares, self.counts, floor=floor, seed=self.seed)
+            for squares, floor in zip(self.by_depth, floors, strict=True)
+        ]
+
+    @cached_property
+    def layer_contexts(self) -> list[Value]:
+        """The effective context from every block's input, tokens."""
+        return [self._value(decay.effective_context, "tokens", squares) for squares in self.by_depth]
 
     def figure(self) -> Figure:
         return figure([self])
+
+    def figures(self) -> list[Figure]:
+        return figures([self])
+
+    def tables(self) -> list[Table]:
+        return tables([self])
 
     def table_rows(self) -> list[list[Cell]]:
         return table([self]).rows
@@ -141,11 +184,11 @@ def measure(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Influence:
-    """Influence of every token of `inputs` (sequences, length) on the outputs at the targets.
+    """Influence of every token of `inputs` (sequences, length) on the outputs at the targets, from the embeddings and from every layer's input.
 
     targets: "last"; a number k (k positions of each sequence's second half, drawn at random); or the positions themselves.
     batch_size: sequences run together; it changes memory and speed, not what is measured (probes are drawn per sequence).
-    Raises UserError for bad tokens, targets or options, and where the model answers with NaN."""
+    Raises UserError for bad tokens, targets or options, where the model answers with NaN, and where it would not fit into memory."""
     subject = Subject.of(model)
     progress = progress or Silent()
     tokens = subject.tokens(inputs)
@@ -156,51 +199,70 @@ def measure(
         )
     if probes < 1:
         raise UserError(f"at least one probe is needed, not {probes}")
-    rng = np.random.default_rng(seed)
-    positions, described = _targets(targets, n, length, rng)
+    positions, described = _targets(targets, n, length, np.random.default_rng(seed))
     width = _output_width(subject, tokens, output)
+    k = positions.shape[1]
     reach = int(positions.max(1).min()) + 1  # distances that every sequence has
-    squares, counts = np.zeros((n, reach)), np.zeros((n, reach))
-    vectors = _Vectors(method, probes, n, positions.shape[1], width, seed)
-    if batch_size is None:
-        batch_size = max(1, 2**19 // (length * width))
-    progress.begin(f"{subject.name}: influence", n * positions.shape[1] * vectors.per_target)
-    for start in range(0, n, batch_size):
-        rows = range(start, min(start + batch_size, n))
-        with subject.still():
-            embeddings, hidden = _forward(subject, tokens[start : rows.stop])
-            for k in range(positions.shape[1]):
-                at = torch.as_tensor(positions[start : rows.stop, k], device=hidden.device)
-                y = hidden[torch.arange(len(rows), device=hidden.device), at]
-                y = subject.logits(y) if output == "logits" else y
-                for p in range(vectors.per_target):
-                    v = vectors(rows, k, p).to(y)
-                    (gradient,) = torch.autograd.grad(y, embeddings, grad_outputs=v, retain_graph=True)
+    vectors = _Vectors(method, probes, n, k, width, seed)
+    backward = Backward(subject, tokens)
+    count = k * vectors.per_target
+    cost = plan(
+        backward, tokens, _asked(subject, output), [torch.ones(1, width, device=tokens.device)] * 3, count,
+        batch_size or max(1, 2**19 // (length * width)),
+    )  # fmt: skip
+    progress.say(f"{subject.name}: influence will take {cost}")
+    progress.begin(f"{subject.name}: influence", n * count * backward.depths)
+    squares, counts = np.zeros((backward.depths, n, reach)), np.zeros((n, reach))
+    for start in range(0, n, cost.batch):
+        rows = range(start, min(start + cost.batch, n))
+        at = torch.as_tensor(positions[start : rows.stop], device=tokens.device)
+        ask = _asked(subject, output, at)
+        for first in range(0, count, cost.group):
+            some = [divmod(i, vectors.per_target) for i in range(first, min(first + cost.group, count))]
+            given = [vectors.placed(rows, j, p, k).to(tokens.device) for j, p in some]
+
+            def step(done: int, size: int = len(rows)) -> None:
+                progress.step(done * size)
+
+            for depth, gradients in backward(tokens[start : rows.stop], ask, given, step=step):
+                for (j, _), gradient in zip(some, gradients, strict=True):
                     norms = _squared_norms(gradient) / vectors.mean_over
                     for row, i in enumerate(rows):
-                        d = min(int(positions[i, k]) + 1, reach)
-                        squares[i, :d] += norms[row, int(positions[i, k]) - np.arange(d)]
-                        counts[i, :d] += p == 0
-                    progress.step(len(rows))
-            del embeddings, hidden, y, gradient
+                        d = min(int(positions[i, j]) + 1, reach)
+                        squares[depth - 1, i, :d] += norms[row, int(positions[i, j]) - np.arange(d)]
+        for i in rows:
+            for j in range(k):
+                counts[i, : min(int(positions[i, j]) + 1, reach)] += 1
     if not np.isfinite(squares).all():
         raise UserError(
             f"{subject.name} answers these inputs with NaN or infinite gradients: its influence cannot be measured"
         )
-    largest = float(decay.pooled_curve(squares, counts).max())
-    found = noise_floor(subject, tokens[:1], int(positions[0, 0]), largest, output=output, floor=floor, seed=seed)
+    largest = float(decay.pooled_curve(squares[0], counts).max())
+    if floor == "measured" and not cost.in_double:
+        floor = "eps"
+    if cost.seconds > _LONG:
+        progress.begin(f"{subject.name}: influence, noise floor", 1)
+    found = noise_floor(
+        subject, tokens[:1], int(positions[0, 0]), largest, output=output, floor=floor, seed=seed, in_blocks=backward.in_blocks
+    )  # fmt: skip
+    if cost.seconds > _LONG:
+        progress.step()
     return Influence(
         name=subject.name, method=f"{probes} probes" if method == "probes" else "exact",
         output="last hidden state" if output == "hidden" else "logits", length=length, targets=described, seed=seed,
-        squares=squares, counts=counts, floor=found, fit=decay.fit_decay(squares, counts, floor=found.value, seed=seed),
+        by_depth=squares, counts=counts, floor=found, fit=decay.fit_decay(squares[0], counts, floor=found.value, seed=seed), cost=cost,
     )  # fmt: skip
 
 
-def _half_life(fit: decay.Fit | None, n: int) -> Value | None:
-    if fit is None:
-        return None
-    error = fit.half_life_stderr
-    return Value(value=fit.half_life, stderr=error if math.isfinite(error) else None, n=n, unit="tokens")
+def _asked(subject: Subject, output: str, at: Int[Tensor, "batch k"] | None = None) -> Ask:
+    """y: the hidden states at the positions `at` (None: the last one), or the logits there."""
+
+    def ask(hidden: Tensor) -> Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        y = hidden[:, -1] if at is None else hidden[rows[:, None], at]
+        return subject.logits(y) if output == "logits" else y
+
+    return ask
 
 
 class _Vectors:
@@ -221,11 +283,12 @@ class _Vectors:
             return torch.eye(self.width)[p].expand(len(rows), -1)
         return torch.from_numpy(self.signs[rows.start : rows.stop, k, p] * 2.0 - 1.0)
 
-
-def _forward(subject: Subject, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    embeddings = subject.embed(tokens).detach().requires_grad_()
-    with torch.enable_grad():
-        return embeddings, subject.run(embeddings)
+    def placed(self, rows: range, j: int, p: int, k: int) -> Float[Tensor, "batch k width"]:
+        """The vector p of target j, and zeros for the other targets."""
+        v = self(rows, j, p)
+        out = torch.zeros(len(rows), k, self.width)  # float32 holds ±1 exactly, and every device has it
+        out[:, j] = v
+        return out
 
 
 def _squared_norms(gradient: Float[Tensor, "batch length d_model"]) -> Float[Array, "batch length"]:
@@ -255,130 +318,3 @@ def _targets(targets: Any, n: int, length: int, rng: np.random.Generator) -> tup
     if not len(positions) or positions[0] < 0 or positions[-1] >= length or positions[-1] < 3:
         raise UserError(f"targets must lie in 0..{length - 1} and reach beyond 3, not {list(targets)}")
     return np.tile(positions, (n, 1)), f"positions {', '.join(map(str, positions))}"
-
-
-def figure(results: Sequence[Influence]) -> Figure:
-    """Score against distance, one line per model with its standard error, and each fitted line (the paper's Figure 1)."""
-    series: list[Series] = []
-    for r in results:
-        keep = _drawn(r.score)
-        errors = None if r.stderr is None else r.stderr[keep].tolist()
-        series.append(
-            Series(
-                name=r.name,
-                x=r.distances[keep].astype(float).tolist(),
-                y=r.score[keep].tolist(),
-                stderr=errors,
-                group=r.name,
-            )
-        )
-        if r.fit is not None:
-            ends = np.array([r.fit.first, r.fit.last], dtype=float)
-            label = f"{r.name}: half-life {_tokens(r.fit.half_life)}"
-            series.append(Series(name=label, x=ends.tolist(), y=r.fit.line(ends).tolist(), style="fit", group=r.name))
-    floor = max(r.floor.value for r in results)
-    return Figure(
-        id="influence", title="Influence of a token by its distance", x_label="distance t - s (tokens)",
-        y_label="influence ‖∂y_t/∂x_s‖", y_scale="log", y_floor=floor or None, series=series,
-        meaning="How strongly a token moves the output, by how many tokens ago it was. A straight line downwards is exponential "
-        "forgetting; a flat one would be memory. Compare slopes, not heights: heights depend on the scale of the embeddings.",
-        method=_method(results[0]),
-    )  # fmt: skip
-
-
-def position_figure(results: Sequence[Influence]) -> Figure | None:
-    """The same by position in the text (the paper's Figure 7a): None unless every target was the last position."""
-    if any(r.targets != "the last position" for r in results):
-        return None
-    series = []
-    for r in results:
-        keep = _drawn(r.score)[::-1]
-        relative = r.score / r.score.max()
-        errors = None if r.stderr is None else (r.stderr / r.score.max())[keep].tolist()
-        x = (r.length - 1 - r.distances[keep]).astype(float).tolist()
-        series.append(Series(name=r.name, x=x, y=relative[keep].tolist(), stderr=errors, group=r.name))
-    return Figure(
-        id="influence-by-position", title="Which tokens move the last output", x_label="position s (tokens)",
-        y_label="influence on the last output, largest = 1", y_scale="log", series=series,
-        meaning="Each position's influence on the last output, relative to the largest. High at the right end only: recency. "
-        "High at both ends: the pattern known from attention.",
-        method=_method(results[0]),
-    )  # fmt: skip
-
-
-def table(results: Sequence[Influence]) -> Table:
-    columns = [
-        Column(name="model"),
-        Column(
-            name="half-life",
-            unit="tokens",
-            meaning="distance over which the fitted score halves; infinite: it does not fall",
-        ),
-        Column(name="95 % interval", unit="tokens"),
-        Column(name="decay κ̂", unit="1/token", meaning="slope of log score against distance, sign turned"),
-        Column(name="R²", meaning="how much of log score the straight line explains"),
-        Column(
-            name="R² power law",
-            meaning="the same for a power of the distance: clearly larger means no single half-life",
-        ),
-        Column(
-            name="half-life, farther half", unit="tokens", meaning="fitted over the farther half of the distances alone"
-        ),
-        Column(
-            name="effective context",
-            unit="tokens",
-            meaning="most recent tokens that hold 90 % of the squared influence",
-        ),
-        *(
-            Column(name=f"last {100 * f:g} %", meaning="share of squared influence in this part of the context")
-            for f in SHARES
-        ),
-        Column(name="trace", meaning="score over the farther half of the context relative to that at distance 1"),
-        Column(name="noise floor", meaning="scores below are numerical noise"),
-    ]
-    rows: list[list[Cell]] = []
-    for r in results:
-        fit: list[Cell] = [None] * 5
-        if r.fit is not None:
-            low, high = r.fit.half_life_interval
-            fit = [
-                r.half_life,
-                f"{_number(low)} to {_number(high)}",
-                r.kappa,
-                round(r.fit.r2, 4),
-                round(r.fit.r2_power, 4),
-            ]
-        shares: list[Cell] = [r.share_within(f) for f in SHARES]
-        far = _half_life(r.far_fit, r.n_sequences)
-        rows.append([r.name, *fit, far, r.effective_context, *shares, r.tail, r.floor.value])
-    return Table(
-        id="influence", title="How fast influence decays", columns=columns, rows=rows,
-        meaning="The half-life is the distance over which a token's influence on the output halves.",
-        method=_method(results[0]) + (f" Interval: {results[0].fit.how}." if results[0].fit else ""),
-    )  # fmt: skip
-
-
-def _method(r: Influence) -> str:
-    how = (
-        "random ±1 probes, unbiased in the square"
-        if "probes" in r.method
-        else "one vector-Jacobian product per output dimension"
-    )
-    return (
-        f"Root mean square of ‖∂y_t/∂x_s‖_F over {r.n_sequences} sequences of {r.length} tokens; x: input embedding, y: {r.output} at "
-        f"{r.targets}; {r.method} ({how}); standard errors by bootstrap over sequences. Line: least squares of log score on "
-        f"distance ≥ 1 above the noise floor ({r.floor.how})."
-    )
-
-
-def _drawn(score: Float[Array, " D"]) -> Int[Array, " m"]:
-    """Distances that can be drawn: zeros have no logarithm."""
-    return np.flatnonzero(score > 0)
-
-
-def _number(x: float) -> str:
-    return "∞" if math.isinf(x) else f"{x:.3g}"
-
-
-def _tokens(x: float) -> str:
-    return "infinite" if math.isinf(x) else f"{x:.3g} tokens"

@@ -3,11 +3,13 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ssmlens.errors import UserError
+from ssmlens.lens.subject import Subject
 
 
 def choose(layers: int | Sequence[int] | None, known: list[int]) -> list[int]:
@@ -20,6 +22,17 @@ def choose(layers: int | Sequence[int] | None, known: list[int]) -> list[int]:
         numbers = ", ".join(str(i + 1) for i in known)
         raise UserError(f"layers are a number of them or among {numbers}, not {layers}")
     return sorted({number - 1 for number in layers})
+
+
+def large(subject: Subject, length: int) -> bool:
+    """Whether the states of one recurrent layer over so many tokens are more than 2**22 numbers: then defaults are chosen so that seconds stay seconds."""
+    return state_size(subject) * length > 2**22
+
+
+def state_size(subject: Subject) -> int:
+    """Numbers in the largest state of its recurrent layers; 0 where none says."""
+    mixers: list[Any] = [subject.mixers[i] for i in subject.recurrent]
+    return max((mixer.state_size() for mixer in mixers if hasattr(mixer, "state_size")), default=0)
 
 
 def in_double(mixer: nn.Module) -> nn.Module:

@@ -13,12 +13,18 @@ class Progress(Protocol):
     def step(self, n: int = 1) -> None:
         """n of them are done."""
 
+    def say(self, what: str) -> None:
+        """One line, before a measurement that may take long."""
+
 
 class Silent:
     def begin(self, what: str, steps: int) -> None:
         pass
 
     def step(self, n: int = 1) -> None:
+        pass
+
+    def say(self, what: str) -> None:
         pass
 
 
@@ -34,6 +40,9 @@ class Bars:
 
     def step(self, n: int = 1) -> None:
         self._bars.advance(self._task, n)
+
+    def say(self, what: str) -> None:
+        self._bars.console.print(what, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -25,6 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssmlens.errors import UserError
+from ssmlens.lens.layers import choose, large, state_size
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import BlockPass, Subject
 from ssmlens.ops import linear_scan
@@ -34,6 +36,7 @@ Array = np.ndarray
 STREAMS = ("b", "h", "mixer", "block")
 _MEANING = {"b": "inputs b_t", "h": "memories h_t", "mixer": "mixer output", "block": "block output"}
 _BLOCK = 256
+_LARGE_LAYERS = 8
 _CHUNK = 64  # tokens of a layer's coefficients held at a time
 
 
@@ -103,7 +106,7 @@ def _of_rows(z: Float[Tensor, "m width"], length: int) -> Sharpness:
 
 
 @dataclass(frozen=True, eq=False)
-class Smoothing:
+class Smoothing(Shown):
     """distance[stream][i, l] and norm[stream][i, l]: E and mean norm of sequence i at layer layers[stream][l] (counted from 1); streams
     as in STREAMS, those that the model shows (b and h: only where a layer is recurrent). sampling_error: of E, from drawing tokens."""
 
@@ -174,6 +177,9 @@ class Smoothing:
     def figures(self) -> list[Figure]:
         return figures([self])
 
+    def tables(self) -> list[Table]:
+        return [table([self])]
+
     def table_rows(self) -> list[list[Cell]]:
         return table([self]).rows
 
@@ -182,20 +188,26 @@ def measure(
     model: nn.Module | Subject,
     inputs: Any,
     *,
-    states: bool = True,
+    states: bool | int | None = None,
     exact_up_to: int = 1024,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Smoothing:
     """Sharpness at every depth of a model, over the sequences of `inputs` (sequences, length).
 
-    states: also b_t and h_t of every recurrent layer; they are the costly part.
+    states: also b_t and h_t of every recurrent layer (True), of so many of them spread evenly, or of none (False); they are the costly part. None: all,
+    in a large model 8, and there no more than √(2³¹ / numbers in a state) tokens are compared.
     Memory: of one sequence, min(length, exact_up_to) states of one layer. Raises UserError for bad tokens, NaN, or a model without blocks."""
     subject = Subject.of(model)
     progress = progress or Silent()
     tokens = subject.tokens(inputs)
     n, length = tokens.shape
-    recurrent = subject.recurrent if states else []
+    recurrent = subject.recurrent if states or states is None else []
+    if states is None and large(subject, length):
+        states = _LARGE_LAYERS
+        exact_up_to = min(exact_up_to, math.isqrt(2**31 // state_size(subject)))
+    if recurrent and states is not None and states is not True:
+        recurrent = choose(states, recurrent)
     found: dict[str, dict[tuple[int, int], Sharpness]] = {}
     rows = _rows(length, exact_up_to, seed)
     progress.begin(f"{subject.name}: sharpness", n * len(subject.blocks))

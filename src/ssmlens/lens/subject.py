@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ssmlens.errors import UserError
 
+_REMEMBERED = 2**29  # bytes
+
 
 @dataclass(frozen=True)
 class Access:
@@ -44,6 +46,10 @@ class BlockPass:
     y: Float[Tensor, "batch length d_model"] | None
     out: Float[Tensor, "batch length d_model"]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.x, self.y, self.out) if x is not None)
+
 
 class Subject:
     """`Subject(name, model)` for a ssmlens LanguageModel or a transformers causal language model; anything else needs `access`.
@@ -56,6 +62,7 @@ class Subject:
         self.access = access or _access(model)
         self.blocks = self.access.blocks(model)
         self.mixers = [self.access.mixer(block) for block in self.blocks]
+        self._passes: dict[bytes, list[BlockPass]] | None = None
 
     @classmethod
     def of(cls, model: "nn.Module | Subject", name: str = "model") -> "Subject":
@@ -125,16 +132,28 @@ class Subject:
         return self.access.head(self.model, hidden)
 
     def walk(self, tokens: Int[Tensor, "batch length"], visit: Callable[[BlockPass], None]) -> None:
-        """One forward pass without gradients; `visit` sees each block as it finishes, so that no more than one is held."""
+        """One forward pass without gradients; `visit` sees each block as it finishes, so that no more than one is held (`remembering` aside)."""
+        key = tokens.cpu().numpy().tobytes()
+        if self._passes is not None and len(self._passes.get(key, ())) == len(self.blocks) > 0:
+            with self.still(), torch.no_grad():
+                for one in self._passes[key]:
+                    visit(one)
+            return
+        if self._passes is not None:
+            self._passes[key] = []
         seen: dict[str, Tensor] = {}
         handles = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen["x"], seen["y"] = _first(args or tuple(kwargs.values())), _first(output)
+            seen["x"], seen["y"] = first_tensor(args or tuple(kwargs.values())), first_tensor(output)
 
         def finished(index: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                visit(BlockPass(index, self.mixers[index], seen.pop("x", None), seen.pop("y", None), _first(output)))
+                one = BlockPass(
+                    index, self.mixers[index], seen.pop("x", None), seen.pop("y", None), first_tensor(output)
+                )
+                self._remember(key, one)
+                visit(one)
 
             return hook
 
@@ -150,6 +169,22 @@ class Subject:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside, `walk` runs the model once for the same tokens, as long as what it saw takes no more than half a gigabyte. The model must not change."""
+        self._passes = {}
+        try:
+            yield
+        finally:
+            self._passes = None
+
+    def _remember(self, key: bytes, one: BlockPass) -> None:
+        if self._passes is None or key not in self._passes:
+            return
+        self._passes[key].append(one)
+        if sum(seen.nbytes for passes in self._passes.values() for seen in passes) > _REMEMBERED:
+            del self._passes[key]
 
     def in_double(self) -> "Subject":
         """A float64 copy, to see what float32 loses."""
@@ -202,7 +237,7 @@ def _access(model: Any) -> Access:
 
 
 def _own_run(model: Any, embeddings: Tensor) -> Tensor:
-    hidden: Tensor = _first(model.backbone(embeddings))
+    hidden: Tensor = first_tensor(model.backbone(embeddings))
     return hidden
 
 
@@ -225,7 +260,7 @@ def _transformers_mixer(block: nn.Module) -> nn.Module | None:
     return None
 
 
-def _first(output: Any) -> Any:
+def first_tensor(output: Any) -> Any:
     """The hidden states of an output that may be a tensor, a tuple that begins with it, or transformers' output object."""
     if isinstance(output, Tensor):
         return output
@@ -237,7 +272,7 @@ def _first(output: Any) -> Any:
 _OWN = Access(
     embed=lambda model, tokens: model.backbone.embedding(tokens),
     run=_own_run,
-    head=lambda model, hidden: model.lm_head(hidden),
+    head=lambda model, hidden: model.head(hidden),
     blocks=lambda model: list(model.backbone.blocks),
 )
 _TRANSFORMERS = Access(

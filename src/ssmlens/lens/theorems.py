@@ -111,7 +111,7 @@ def products(c: Coefficients) -> Products:
         if not bool(torch.isfinite(a.amax()) & torch.isfinite(a.amin())):
             raise UserError("the model's transitions hold NaN or infinity on these inputs")
         learned = ~(c.ones | c.zeros).to(a.device)[one].flatten()
-        log = _float64(a.flip(0)).log_()
+        log = _float64(a.flip(0).log_())  # accurate: a has the rounding already
         log[0] += carried
         for earlier, row in itertools.pairwise(log):  # far faster than cumsum over the first dimension
             row += earlier
@@ -193,7 +193,9 @@ class _Form:
         if len(rest):
             self.transitions.add(rest)
         if self.starts is None:
-            self.starts = ((dt if dt.dim() == 0 else dt[0]) - 1).abs().le(TOLERANCE).expand(b.shape[1:])
+            self.starts = (
+                ((dt if dt.dim() == 0 else dt[0]) - 1).abs().le(4 * torch.finfo(dt.dtype).eps).expand(b.shape[1:])
+            )
         if a is None:
             return
         gap = a + (dt - 1).masked_fill(dt < 0, math.inf)

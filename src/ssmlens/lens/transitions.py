@@ -11,7 +11,7 @@ left out. Nothing larger than a chunk of one sequence's a of a single layer is h
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,14 +21,18 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from ssmlens.errors import UserError
+from ssmlens.lens.notebook import Shown
 from ssmlens.lens.progress import Progress, Silent
 from ssmlens.lens.subject import BlockPass, Subject
-from ssmlens.results import Cell, Column, Figure, Series, Table, Value
+from ssmlens.results import Cell, Column, Figure, Map, Panel, Series, Table, Value
 
 Array = np.ndarray
 BINS = 50
 THRESHOLDS = np.linspace(0, 1, 101)
 _CHUNK = 64
+_COUNTED = 2**18  # of a chunk's numbers that go into the histogram
+_QUANTILES = 101
+_FOREVER = 1e6  # tokens, in pictures
 _HORIZONS: tuple[tuple[float, str, Literal["line", "fit"]], ...] = (
     (0.5, "median channel", "line"),
     (0.9, "slowest tenth begins", "fit"),
@@ -39,7 +43,7 @@ _HORIZONS: tuple[tuple[float, str, Literal["line", "fit"]], ...] = (
 class Layer:
     """One layer's state channels (flattened to F) on n sequences. low, high: of a over the tokens of each sequence but the first.
     logsum: Σ ln a over all tokens but the first, `steps` of them: the logarithm of what is left of the first token at the last.
-    histogram: how many (token, learned channel) have a in each of BINS equal bins of [0, 1]. ones, zeros: which are pinned."""
+    histogram: how many (token, learned channel) have a in each of BINS equal bins of [0, 1]; in large layers of every so many tokens. ones, zeros: which are pinned."""
 
     low: Float[Array, "n F"]
     high: Float[Array, "n F"]
@@ -76,7 +80,7 @@ def half_life(logsum: Float[Array, "..."], steps: int) -> Float[Array, "..."]:
 
 
 @dataclass(frozen=True, eq=False)
-class Transitions:
+class Transitions(Shown):
     """numbers[i]: which layer of the model layers[i] is, counted from 1 (those without a diagonal transition are not among them)."""
 
     name: str
@@ -125,6 +129,12 @@ class Transitions:
     def figures(self) -> list[Figure]:
         return figures([self])
 
+    def tables(self) -> list[Table]:
+        return [table([self])]
+
+    def maps(self) -> list[Map]:
+        return maps([self])
+
     def table_rows(self) -> list[list[Cell]]:
         return table([self]).rows
 
@@ -157,6 +167,7 @@ def _layer(coefficients: Any) -> Layer:
     length = coefficients.length
     ones, zeros = (mask.cpu().flatten() for mask in (coefficients.ones, coefficients.zeros))
     learned = ~(ones | zeros)
+    every = bool(learned.all())
     low = high = logsum = None
     counts = torch.zeros(BINS)
     for start in range(0, length, _CHUNK):
@@ -164,11 +175,12 @@ def _layer(coefficients: Any) -> Layer:
         a = (a.abs() if a.is_complex() else a).flatten(1).float().cpu()
         if start == 0 and length > 1:
             a = a[1:]  # a_1 meets only h_0 = 0; some families have it at 0 (Griffin)
-        kept = a.double().log().sum(0) if length > 1 else torch.zeros(a.shape[1], dtype=torch.float64)
+        kept = a.log().sum(0, dtype=torch.float64) if length > 1 else torch.zeros(a.shape[1], dtype=torch.float64)
         low = a.amin(0) if low is None else torch.minimum(low, a.amin(0))
         high = a.amax(0) if high is None else torch.maximum(high, a.amax(0))
         logsum = kept if logsum is None else logsum + kept
-        counts += torch.histc(a[:, learned], BINS, 0, 1)
+        some = a[:: max(1, a.numel() // _COUNTED)]
+        counts += torch.histc(some if every else some[:, learned], BINS, 0, 1)
     assert low is not None
     assert high is not None
     assert logsum is not None
@@ -251,6 +263,54 @@ def figures(results: Sequence[Transitions]) -> list[Figure]:
             )
         )
     return made
+
+
+def maps(results: Sequence[Transitions]) -> list[Map]:
+    """Layer by layer: the histogram of a, the cumulative histogram of ranges, and the half-life of every state channel, from the shortest to the
+    longest (quantiles, where there are more of them than columns)."""
+    results = [r for r in results if any(layer.learned.any() for layer in r.layers)]
+    if not results:
+        return []
+    depth = max(max(r.numbers) for r in results)
+    method = _method(results[0])
+
+    def panels(row: Callable[[Layer], Array], columns: int) -> list[Panel]:
+        made = []
+        for r in results:
+            values = np.full((depth, columns), math.nan)
+            for number, layer in zip(r.numbers, r.layers, strict=True):
+                if layer.learned.any():
+                    values[number - 1] = row(layer)
+            shown = [[float(f"{x:.3g}") for x in line] for line in values]
+            made.append(Panel(name=r.name, values=shown, group=r.name))
+        return made
+
+    quantiles = np.linspace(0, 1, _QUANTILES)
+    layers = [float(number) for number in range(1, depth + 1)]
+    described: tuple[tuple[str, str, str, str, Any, list[float], Callable[[Layer], Array], str], ...] = (
+        (
+            "values", "Where transitions lie, layer by layer", "transition a", "share of the layer's tokens and learned state channels", "linear",
+            ((np.arange(BINS) + 0.5) / BINS).tolist(), lambda layer: layer.histogram.sum(0) / layer.histogram.sum(),
+            "Right: what is held is kept; left: it is replaced by the current token.",
+        ),
+        (
+            "ranges", "How far transitions move, layer by layer", "threshold on the range max a - min a", "share of learned state channels at or below", "linear",
+            THRESHOLDS[::4].tolist(), lambda layer: (layer.ranges[..., None] <= THRESHOLDS[::4]).mean((0, 1)),
+            "Cumulative histogram of every layer. Bright from the left on: its state channels decay at much the same rate whatever they read.",
+        ),
+        (
+            "horizons", "Memory of every learned state channel, layer by layer", "state channels, from the most forgetful on (%)", "half-life (tokens)", "log",
+            (100 * quantiles).tolist(), lambda layer: np.quantile(np.minimum(layer.half_lives, _FOREVER), quantiles, axis=1, method="higher").mean(1),
+            f"Every state channel of a layer in the order of its memory. {_FOREVER:g} tokens stands for whatever is longer, and for ever.",
+        ),
+    )  # fmt: skip
+    return [
+        Map(
+            id=f"transition-{id}-by-layer", title=title, x_label=x_label, y_label="layer", unit=unit, x=x, y=layers,
+            panels=panels(row, len(x)), scale=scale, meaning=meaning, method=method,
+        )
+        for id, title, x_label, unit, scale, x, row, meaning in described
+    ]  # fmt: skip
 
 
 def table(results: Sequence[Transitions]) -> Table:

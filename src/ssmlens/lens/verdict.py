@@ -6,15 +6,20 @@ Models at initialisation are spoken of only in comparison with what training mad
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ssmlens.lens import comparison, decay
 from ssmlens.lens.comparison import sign
 from ssmlens.results import Value
 
 if TYPE_CHECKING:
+    from ssmlens.lens.bounds import Bounds
     from ssmlens.lens.context import Context
     from ssmlens.lens.diagnosis import Diagnosis
+    from ssmlens.lens.filters import Filters
     from ssmlens.lens.influence import Influence
     from ssmlens.lens.smoothing import Smoothing
     from ssmlens.lens.transitions import Transitions
@@ -24,18 +29,19 @@ MATTERS = 0.05  # changes of sharpness below a twentieth are not worth a reader'
 NOTHING = 0.02  # bits per token: who certainly gains less from distant text than this does not use it
 
 
-def verdict(d: "Diagnosis") -> list[str]:
+def verdict(d: "Diagnosis", says: Mapping[str, Callable[[Any], str | None]]) -> list[str]:
+    """says: what each measure says of one model, in order."""
     said: list[str] = []
     if not d.complete:
         said.append(f"Interrupted: this is what was finished; not measured: {', '.join(d.missing)}.")
     if any(len(tokens) == 1 for tokens in d.inputs.values()):
         said.append("One sequence says nothing about chance: what follows holds for that sequence alone.")
     said += [_longer(d.influence[a], d.influence[b], d.paired(a, b)) for a, b in d.pairs(d.influence)]
-    said += [forgetting(r) for r in d.influence.values() if r.name not in d.initial_of]
-    said += [behaviour(r) for r in d.context.values() if r.name not in d.initial_of]
-    said += [blurring(r) for r in d.smoothing.values() if r.name not in d.initial_of]
-    said += [_blurs_less(d.smoothing[a], d.smoothing[b], d.paired(a, b)) for a, b in d.pairs(d.smoothing)]
-    said += [transitions(r) for r in d.transitions.values() if r.name not in d.initial_of]
+    for name, sentence_of in says.items():
+        spoken = [sentence_of(r) for r in getattr(d, name).values() if r.name not in d.untrained]
+        said += [sentence for sentence in spoken if sentence]
+        if name == "smoothing":
+            said += [_blurs_less(d.smoothing[a], d.smoothing[b], d.paired(a, b)) for a, b in d.pairs(d.smoothing)]
     return said
 
 
@@ -144,10 +150,93 @@ def transitions(r: "Transitions") -> str:
     pinned = f" Of all {total:,}, {ones:,} are held at one and {zeros:,} at zero." if ones or zeros else ""
     median = r.half_life_quantile(0.5).value
     loses = "loses nothing" if math.isinf(median) else f"halves what it holds every {_number(median)} tokens"
+    none = "" if ones else " None is held at one: each that polarization holds there would lose nothing."
     return (
         f"In {r.name} the median learned state channel {loses}; "
-        f"{_percent(r.share_remembering())} of them still hold half of the first token at the end of {r.length} tokens.{pinned}"
+        f"{_percent(r.share_remembering())} of them still hold half of the first token at the end of {r.length} tokens.{pinned}{none}"
     )
+
+
+def bounded(r: "Bounds") -> str:
+    """Theorem 3.1, then Theorem 4.2."""
+    return f"{_recency(r)} {_alike(r)}"
+
+
+def _recency(r: "Bounds") -> str:
+    total, said = len(r.layers), []
+    inside = [layer for layer in r.layers if layer.applies]
+    if not inside:
+        return f"Theorem 3.1 does not speak of {r.name}: its transitions depend on earlier tokens too."
+    vacuous = [layer for layer in inside if layer.vacuous]
+    if vacuous:
+        pinned = all(layer.bound_learned is not None and layer.bound_learned.value > 0 for layer in vacuous)
+        where = ", at pinned state channels only" if pinned else ""
+        said.append(
+            f"Theorem 3.1 guarantees no forgetting in {len(vacuous)} of {total} layers of {r.name}, where a transition is one{where}"
+        )
+    bound = [layer for layer in inside if not layer.vacuous]
+    if bound:
+        least = min(layer.bound.value for layer in bound)
+        one = not vacuous and len(bound) == total
+        where = (
+            "the others"
+            if vacuous
+            else f"each of {total} layers of {r.name}"
+            if one
+            else f"{len(bound)} of {total} layers of {r.name}"
+        )
+        halves = "halves what it holds" if one else "halve what they hold"
+        said.append(
+            f"Theorem 3.1 guarantees that {where} {halves} every {_number(decay.half_life(least))} tokens or faster"
+        )
+        measured = [
+            layer.measured.value / layer.bound.value
+            for layer in bound
+            if layer.measured and 0 < layer.bound.value < math.inf
+        ]
+        if measured:
+            said[-1] += (
+                f" (measured, they forget {_number(min(measured))} to {_number(max(measured))} times as fast as they must)"
+            )
+    return "; ".join([said[0], *(s.replace("Theorem 3.1", "it", 1) for s in said[1:])]) + "."
+
+
+def _alike(r: "Bounds") -> str:
+    real = [layer.original for layer in r.layers if layer.original is not None]
+    if not real:
+        return "Theorem 4.2 has no version for its complex transitions."
+    held, violated = sum(form.assumed for form in real), sum(form.assumed and not form.holds for form in real)
+    says = f"The assumption of Theorem 4.2 (a + Δ ≤ 1) holds in {held} of {len(real)} layers looked at"
+    rescaled = [layer.rescaled for layer in r.layers if layer.rescaled is not None and layer.rescaled.assumed]
+    if rescaled and held < len(real):
+        says += f"; rescaled, in {len(rescaled)}"
+    ratios = [form.ratio.value for form in (rescaled or [form for form in real if form.assumed])]
+    if ratios and math.isfinite(max(ratios)):
+        says += f", where memories differ by {_percent(Value(value=min(ratios)))} to {_percent(Value(value=max(ratios)))} of what it allows"
+    return says + (f"; the inequality was violated in {violated}, which is a bug" if violated else "") + "."
+
+
+def filtering(r: "Filters") -> str:
+    from ssmlens.lens.filters import EPSILONS
+    from ssmlens.lens.filters import verdict as is_
+
+    kinds = [is_(one) for one in r.responses.values()]
+    low, high = kinds.count("low-pass"), kinds.count("high-pass")
+    says = f"Of {len(kinds)} layers of {r.name} looked at, "
+    if low + high:
+        says += f"{low or 'none'} let slow changes through more than fast ones (low-pass), {high or 'none'} the other way round."
+    else:
+        says += "none treats slow and fast changes of its input clearly differently."
+    if r.invariant:
+        measured, _, tight = (
+            float(np.median(np.concatenate([one.cut_offs[EPSILONS[0]][i] for one in r.invariant.values()])))
+            for i in range(3)
+        )
+        says += (
+            f" Its learned filters pass less than {100 * EPSILONS[0]:.0f} % beyond {_number(measured)} radians per token in the median "
+            f"(Proposition D.4: {_number(tight)}; tokens show none beyond 3.14)."
+        )
+    return says
 
 
 def _signed(x: float) -> str:

@@ -390,7 +390,8 @@ def causal_conv1d(
         *needed, initial = _widened(module, x, (x, weight, bias, initial))
         y, last = module.causal_conv1d(*needed, activation=activation, initial=initial, reset=reset)
     y = y.to(x.dtype)
-    return (y, last) if return_final_state else y
+    # a view would keep the whole input alive as long as the state
+    return (y, last.clone()) if return_final_state else y
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto") -> Tensor:
