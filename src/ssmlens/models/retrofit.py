@@ -112,7 +112,7 @@ def train_only_new(model: LanguageModel) -> list[nn.Parameter]:
         p.requires_grad_(name in entries)
         if name in entries:
             mask = entries[name]
-            p.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))  # type: ignore[misc]
+            p.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
             chosen.append(p)
     return chosen
 
