@@ -1,16 +1,18 @@
 """The needle measurement against models whose answers are known, and its store."""
 
 import json
+import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
-from ssmlens.experiments import needle
+from ssmlens.experiments import needle, reader
 from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.tasks.facts import FACTS
 from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
@@ -97,7 +99,7 @@ def test_a_model_that_remembers_so_far_back_finds_needles_up_to_there():
 def test_shared_prefixes_batches_and_pieces_change_nothing(mixer, monkeypatch):
     g, model = grid(), small(mixer)
     one = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5, 1.0], batch_size=3)
-    monkeypatch.setattr(needle, "PIECE", 100)
+    monkeypatch.setattr(reader, "PIECE", 100)
     two = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5, 1.0], batch_size=1)
     for key, scores in one.cells.items():
         assert torch.allclose(torch.tensor(scores.margin), torch.tensor(two.cells[key].margin), atol=2e-4), key
@@ -117,33 +119,32 @@ def log_probability(model, prompt, answer):
 def test_a_model_of_transformers_is_measured_the_same_way():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=700, **sizes)).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=720, **sizes)).eval()
     g = grid()
     n = needle.measure_statements("llama", model, g, decode, [700], [0.0, 0.5])
     whole = torch.cat([g.haystack.ids[: g.cell(700, 0.5).prefix].expand(3, -1), g.cell(700, 0.5).rows], 1)
     for i, (a, b) in enumerate(g.answers):
         direct = log_probability(model, whole[i], a) - log_probability(model, whole[i], b)
         assert n.cells[700, 0.5].margin[i] == pytest.approx(direct, abs=2e-4)
-    with pytest.raises(UserError, match="at most 700"):
-        needle.measure_statements("llama", model, g, decode, [701], [0.0])
+    with pytest.raises(UserError, match=r"at most 720 .* --lengths of at most 711"):  # the answer needs places too
+        needle.measure_statements("llama", model, g, decode, [713], [0.0])
 
 
 def test_generation_is_greedy_and_leaves_the_state_of_the_prompt():
     model, prompt = small(), torch.arange(40)[None]
-    reader = needle.Reader(model)
-    logits, cache = reader.read(prompt)
-    forked = reader.fork(cache, 2)
-    assert (
-        reader.generate(logits.repeat(2, 1), forked, 6)[0] == model.generate(prompt, max_new_tokens=6)[0, 40:].tolist()
-    )
-    again, _ = reader.read(torch.tensor([[5]]), cache)
-    fresh, _ = reader.read(torch.cat([prompt, torch.tensor([[5]])], 1))
+    r = reader.Reader(model)
+    logits, cache = r.read(prompt)
+    forked = r.fork(cache, 2)
+    assert r.generate(logits.repeat(2, 1), forked, 6)[0] == model.generate(prompt, max_new_tokens=6)[0, 40:].tolist()
+    again, _ = r.read(torch.tensor([[5]]), cache)
+    fresh, _ = r.read(torch.cat([prompt, torch.tensor([[5]])], 1))
     assert torch.allclose(again, fresh, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("said", "answer", "where"),
-    [("Madrid.", "Madrid", 0), ("in madrid", "Madrid", 3), ("Madrids", "Madrid", -1), ("Romeo Rome", "Rome", 6), ("O", "O", 0), ("No", "O", -1)],
+    [("Madrid.", "Madrid", 0), ("in madrid", "Madrid", 3), ("Madrids", "Madrid", -1), ("Romeo Rome", "Rome", 6), ("O", "O", 0), ("No", "O", -1),
+     ("as he said", "He", -1)],
 )  # fmt: skip
 def test_answers_are_found_as_words(said, answer, where):
     assert needle.names(said, answer) == where
@@ -173,6 +174,79 @@ def test_the_synthetic_needle_is_scored_by_the_most_probable_token():
     assert record.maps[0].panels[0].values == [[0, 100, 100], [0, 0, 100]]
     assert record.figures[0].series[0].y == [0, 50, 100]
     assert record.complete
+
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+OTHERS = {
+    "Jamba": {"intermediate_size": 64, "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 2, "num_experts_per_tok": 1,
+              "attn_layer_period": 2, "attn_layer_offset": 1, "pad_token_id": None},
+    "FalconH1": {"intermediate_size": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "Lfm2": {"intermediate_size": 64, "full_attn_idxs": [1, 3]},
+    "Mamba": {"hidden_act": "gelu", "pad_token_id": None},  # its state is not called past_key_values
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_any_state_of_transformers_is_carried_and_forked_or_not_used(family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**COMMON | OTHERS[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    r, tokens = reader.Reader(model), torch.randint(256, (2, 40))
+    tokens[1, :25] = tokens[0, :25]
+    assert r.carries == (family != "Mamba")
+    _, state = r.read(tokens[:1, :25])
+    got, end = r.read(tokens[:, 25:], r.fork(state, 2))
+    want = model(input_ids=tokens, use_cache=False).logits[:, -1]
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    answers = [[5, 6, 7], [8]]
+    scores = r.log_probability(got, end, answers)
+    assert scores == pytest.approx(
+        [log_probability(model, t, a) for t, a in zip(tokens, answers, strict=True)], abs=1e-3
+    )
+    said = r.generate(got, end, 3)[0]
+    assert said[0] == int(want[0].argmax())
+
+
+def test_a_model_that_goes_wrong_in_pieces_is_read_whole():
+    class Forgets(LlamaForCausalLM):
+        """Begins anew at every call of more than one token."""
+
+        def forward(self, input_ids=None, past_key_values=None, **options):
+            return super().forward(
+                input_ids=input_ids, past_key_values=past_key_values if input_ids.shape[1] == 1 else None, **options
+            )
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Forgets(LlamaConfig(vocab_size=256, **sizes)).eval()
+    r = reader.Reader(model)
+    assert not r.carries
+    assert not model.training
+    tokens = torch.randint(256, (2, 30))
+    _, state = r.read(tokens[:, :20])
+    got, _ = r.read(tokens[:, 20:], state)
+    assert torch.allclose(got, model(input_ids=tokens, use_cache=False).logits[:, -1], atol=1e-5)
+
+
+def test_a_model_that_answers_nan_is_named():
+    model = small()
+    model.lm_head.weight.data *= math.nan
+    with pytest.raises(UserError, match="broken answers with NaN"):
+        needle.measure_statements("broken", model, grid(), decode, [700], [0.0])
+
+
+def test_fingerprints_tell_the_order_of_weights_apart():
+    model = small()
+    before = needle.fingerprint(model)
+    weight = model.backbone.embedding.weight
+    weight.data = weight.data.flip(0)
+    assert needle.fingerprint(model) != before
 
 
 def test_finished_cells_are_kept_and_not_measured_again(tmp_path):

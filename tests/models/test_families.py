@@ -181,6 +181,31 @@ def test_wrong_files_of_mamba_ssm_are_refused_by_name(tmp_path):
         ssmlens.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"d_model": "x"}, {"d_model": None}, {"d_model": 10**9}, {"n_layer": None}, {"n_layer": 10**9}, {"ssm_cfg": [1]}, {"ssm_cfg": "a"},
+     {"ssm_cfg": {"dt_rank": None}}, {"ssm_cfg": {"expand": 1.5}}, {"ssm_cfg": {"layer": "Mamba2", "dt_limit": 5}}],
+)  # fmt: skip
+def test_a_malformed_configuration_of_mamba_ssm_names_its_directory(fields, tmp_path):
+    write_mamba_ssm(theirs("mamba"), tmp_path / "m", **fields)
+    with pytest.raises(UserError, match="cannot load") as error:
+        ssmlens.load(tmp_path / "m")
+    assert str(tmp_path / "m") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("backbone.embedding.weight", torch.zeros(5)), ("backbone.layers.0.mixer.conv1d.weight", torch.zeros(())),
+     ("backbone.norm_f.weight", torch.zeros(64).to_sparse()), ("backbone.norm_f.weight", torch.zeros(64, device="meta"))],
+)  # fmt: skip
+def test_malformed_weights_name_their_file(name, value, tmp_path):
+    state = write_mamba_ssm(theirs("mamba"), tmp_path / "m")
+    torch.save(state | {name: value}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load") as error:
+        ssmlens.load(tmp_path / "m")
+    assert str(tmp_path / "m") in str(error.value)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("code of the checkpoint ran",)
@@ -269,7 +294,12 @@ def test_other_rwkv_files_are_refused_by_name(tmp_path):
     file = tmp_path / "m.pth"
     for change, message in (
         (lambda s: s.pop("emb.weight"), "has no emb.weight"),
-        (lambda s: s.update({k.replace("time_faaaa", "r_k"): s.pop(k) for k in list(s) if "faaaa" in k}), "is no RWKV-4, 5 or 6"),
+        (lambda s: s.update({k.replace("time_faaaa", "r_k"): s.pop(k) for k in list(s) if "faaaa" in k}), "is an RWKV-7"),
+        (lambda s: s.update({k.replace("time_faaaa", "u"): s.pop(k) for k in list(s) if "faaaa" in k}), "is no RWKV-4, 5 or 6"),
+        (lambda s: s.update({"blocks.0.att.time_faaaa": torch.zeros(9)}), "malformed"),
+        (lambda s: s.update({"emb.weight": torch.zeros(9)}), "malformed"),
+        (lambda s: s.pop("blocks.0.att.time_decay"), "lacks blocks.0.att.time_decay"),
+        (lambda s: s.update({"blocks.999999999.att.x": torch.zeros(1)}), "less than or equal to 1000"),
         (lambda s: s.update({k: s[k][:, :1] for k in s if k.endswith("time_decay")}), "before 5.2"),
         (lambda s: s.pop("blocks.1.att.gate.weight"), "lacks blocks.1.att.gate.weight"),
         (lambda s: s.update({"emb.weight": torch.zeros(3, 3, dtype=torch.int8)}), "emb.weight has dtype torch.int8"),

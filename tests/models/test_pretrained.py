@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
 
 import ssmlens
 from ssmlens.errors import UserError
@@ -114,6 +114,16 @@ def breakages():
         "dtype": (integers, "dtype I8"),
         "shard": (shard, "must lie beside it"),
         "key": (lambda p: edit(p, n_layer=1), "did you mean 'n_layers'"),
+        "vocabulary": (
+            lambda p: edit(p, vocab_size=10**10),
+            r"has shape \(20, 8\), the configuration says \(10000000000, 8\)",
+        ),
+        "width": (lambda p: edit(p, d_model=10**6), r"the configuration says \(20, 1000000\)"),
+        "kernels": (lambda p: edit(p, attn_implementation="someone/kernel"), "asks for code from elsewhere"),
+        "nested kernels": (
+            lambda p: edit(p, text_config={"_attn_implementation_internal": "a/b"}),
+            "asks for code from elsewhere",
+        ),
         "type": (lambda p: edit(p, model_type="nonesuch"), "nonesuch"),
         "json": (lambda p: (p / "config.json").write_text("{"), "not readable JSON"),
         "no config": (lambda p: (p / "config.json").unlink(), "no config.json"),
@@ -128,6 +138,40 @@ def test_broken_checkpoints_are_refused_by_name(saved, kind):
     with pytest.raises(UserError, match=message) as error:
         ssmlens.load(saved)
     assert "model" in str(error.value)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, num_hidden_layers=10**9)
+    with pytest.raises(UserError, match=r"says 1000000000 layers, the files hold 32 tensors"):
+        ssmlens.load(tmp_path)
+
+
+def test_masks_that_old_checkpoints_hold_are_passed_over(tmp_path):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=60, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = GPTNeoXForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for i in range(2):
+        start = f"gpt_neox.layers.{i}.attention"
+        state |= {
+            f"{start}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+            f"{start}.masked_bias": torch.tensor(-1e9),
+            f"{start}.rotary_emb.inv_freq": torch.ones(2),
+        }
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours, x = ssmlens.load(tmp_path), torch.randint(0, 60, (1, 20))
+    assert isinstance(ours, LanguageModel)
+    assert torch.allclose(ours(x).logits, model(x).logits, atol=1e-5)
+
+
+def test_a_missing_directory_is_not_sought_on_the_hub(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    with pytest.raises(UserError, match="no such directory"):
+        ssmlens.load("model/model")
 
 
 def test_pickled_weights_are_not_read(saved):

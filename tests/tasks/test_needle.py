@@ -1,5 +1,7 @@
 """Needles: where they stand, that prompts have the length asked for, that the synthetic stream is what it says."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from ssmlens.errors import UserError
 from ssmlens.tasks import stream_of
 from ssmlens.tasks.facts import FACTS
-from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
+from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream, after, asked
 
 TEXT = "One sentence here. Another one, a little longer, follows! And a third? " * 3
 
@@ -45,6 +47,37 @@ def test_a_prompt_is_the_haystack_with_the_needle_at_a_sentence_end_and_has_its_
         before = text[: text.index(fact.needle)].rstrip()
         assert before == "" or before[-1] in ".!?"
     assert cell.prefix <= depth * length
+
+
+def spaced(text):
+    """A tokenizer that puts a space of its own before every text, and joins a colon to what follows, as some do."""
+    text = text if text.startswith(" ") else f" {text}"
+    return [hash(piece) for piece in re.findall(r":? ?[^ :]", text)]
+
+
+def test_seams_are_those_of_the_whole_text():
+    fact = FACTS[0]
+    question, (a, b) = asked("Answer: The", (fact.context, fact.world), spaced)
+    whole = after(".", f"Answer: The {fact.context}", spaced)
+    assert question + a == whole
+    assert question + b == after(".", f"Answer: The {fact.world}", spaced)
+    assert a[0] != b[0]
+    joins = asked("it is", ("so", "no"), lambda text: [hash(piece) for piece in re.findall("is no|.", text)])
+    assert joins == ([hash(c) for c in "it "], ([hash(c) for c in "is so"], [hash("is no")]))
+    with pytest.raises(UserError, match="same tokens"):
+        Grid.of(Haystack.of("text", TEXT, encode, 100), FACTS[:2], lambda text: [0 for _ in text.split()])
+
+
+def test_special_tokens_come_first_and_once():
+    hay = Haystack.of("text", TEXT, encode, 2000, [500])
+    g = Grid.of(hay, FACTS[:2], encode)
+    for depth in (0.0, 0.5, 1.0):
+        cell = g.cell(900, depth)
+        whole = hay.ids[: cell.prefix].tolist() + cell.rows[0].tolist()
+        assert whole[0] == 500
+        assert whole.count(500) == 1
+        assert len(whole) == 900
+    assert bytes(g.cell(900, 0.0).rows[0].tolist()).decode().startswith(f" {FACTS[0].needle}")
 
 
 def test_depth_zero_is_the_beginning_and_one_is_right_before_the_question():

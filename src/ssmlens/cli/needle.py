@@ -17,11 +17,11 @@ def run(
         raise UserError("name at least one model: a directory, a packaged checkpoint or a hub id")
     sizes = _lengths(lengths)
 
-    from ssmlens.cli.diagnose import _names
+    from ssmlens.cli import tokens
     from ssmlens.cli.output import directory, finish
     from ssmlens.models.pretrained import load
 
-    loaded = {name: load(path) for name, path in zip(_names(models), models, strict=True)}
+    loaded = {name: load(path) for name, path in zip(tokens.names(models), models, strict=True)}
     recipes = [_recipe(path) for path in models]
     synthetic = [r for r in recipes if r is not None]
     if synthetic and len(synthetic) < len(models):
@@ -57,7 +57,9 @@ def _lengths(words: str | None) -> tuple[int, ...] | None:
 
 def _recipe(path: str) -> dict[str, Any] | None:
     """What the model was trained on, where that is the synthetic needle (`ssmlens train` leaves it beside the weights)."""
-    file = Path(path) / "data.json"
+    from ssmlens.models.pretrained import packaged
+
+    file = packaged().get(path, Path(path)) / "data.json"
     if not file.is_file():
         return None
     try:
@@ -71,7 +73,7 @@ def _statements(
     loaded: dict[str, Any], paths: list[str], text: Path | None, lengths: tuple[int, ...], depths: list[float],
     batch_size: int, resume: bool, where: Path, shown: bool,
 ) -> Any:  # fmt: skip
-    from ssmlens.cli.diagnose import _tokenizer
+    from ssmlens.cli import tokens
     from ssmlens.experiments import needle as n
     from ssmlens.tasks import corpus
     from ssmlens.tasks.facts import FACTS
@@ -81,9 +83,11 @@ def _statements(
     words = bytes(source.heldout).decode("utf-8", errors="replace")
     grids, decoders = {}, {}
     for (name, model), path in zip(loaded.items(), paths, strict=True):
-        tokenizer = _tokenizer(name, model, path)
-        encode, decoders[name] = _coder(tokenizer)
-        grids[name] = Grid.of(Haystack.of(source.name, words, encode, max(lengths)), FACTS, encode)
+        coder = tokens.coder(tokens.tokenizer(name, model, path))
+        decoders[name] = coder.decode
+        grids[name] = Grid.of(
+            Haystack.of(source.name, words, coder.encode, max(lengths), coder.start), FACTS, coder.encode
+        )
     identity = {
         "text": source.sha256, "lengths": list(lengths), "depths": depths, "facts": len(FACTS),
         "models": {name: n.fingerprint(model) for name, model in loaded.items()},
@@ -97,14 +101,14 @@ def _statements(
             for name, model in loaded.items()
         ]  # fmt: skip
     notes = [
-        f"Haystack: {source.name}{', its held-out part' if text is None else ''}, cut at ends of sentences.",
+        f"Haystack: {source.name}{', its held-out part' if text is None else ''}; needles stand between its sentences.",
         f"{len(FACTS)} statements that contradict the world, of {len({f.kind for f in FACTS})} kinds; each stands in the text once, at every depth.",
         "Statements of one kind are alike, so the standard errors are a little too small.",
     ]
     for name, grid in grids.items():
         if grid.haystack.repeated > 1:
             notes.append(f"{name}: the text is repeated {grid.haystack.repeated} times to reach {max(lengths)} tokens.")
-    return n.record(found, synthetic=False, config=identity, seeds=[], notes=notes, chance=50.0)
+    return n.record(found, synthetic=False, config=identity, seeds=[], notes=notes)
 
 
 def _synthetic(
@@ -136,18 +140,6 @@ def _synthetic(
         *([f"Lengths {', '.join(beyond)} are longer than any in training."] if beyond else []),
     ]
     return n.record(found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys)
-
-
-def _coder(tokenizer: Any) -> tuple[Any, Any]:
-    """Text → tokens and back; bytes where there is no tokenizer."""
-    if tokenizer is None:
-        return lambda text: list(text.encode()), lambda ids: bytes(i % 256 for i in ids).decode(
-            "utf-8", errors="replace"
-        )
-    return (
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-    )
 
 
 class _bar:

@@ -15,18 +15,20 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
     import torch
 
     from ssmlens import results
-    from ssmlens.cli.diagnose import _names
+    from ssmlens.cli import tokens as t
     from ssmlens.cli.output import finish
     from ssmlens.models.pretrained import load
     from ssmlens.models.retrofit import new_entries, polarize
     from ssmlens.polarization import Polarization
 
     polarization = Polarization(ones=ones, zeros=zeros)
-    names = _names(models)
+    names = t.names(models)
     places = {name: out if len(models) == 1 else out / name for name in names}
     for place in places.values():
-        if (place / "config.json").exists():
-            raise UserError(f"{place} holds a model already: choose another directory")
+        if place.exists() and (
+            not place.is_dir() or any(place.iterdir())
+        ):  # it is written whole: what is there would go
+            raise UserError(f"{place} is there already and not empty: choose another directory")
     rows: list[list[Any]] = []
     for name, path in zip(names, models, strict=True):
         model = load(path)
@@ -40,7 +42,7 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
         change = float((after - before).abs().max() / before.abs().max())
         if not change <= 1e-4:
             raise UserError(f"{path}: its logits would change by {change:.2g} (relative); nothing was written")
-        _save(new, places[name], Path(path))
+        _save(new, places[name], name, path)
         added = sum(int(mask.sum()) for mask in new_entries(new).values())
         states = [_state_size(m) for m in (model, new)]
         rows.append([name, str(new.config.mixer), sum(p.numel() for p in new.parameters()), added, *states, change])
@@ -66,20 +68,20 @@ def _state_size(model: Any) -> int:
     return sum(block.mixer.state_size() for block in model.backbone.blocks if block.mixer.polarizable)
 
 
-def _save(model: Any, place: Path, source: Path) -> None:
-    """The model, and what lies beside the old one and belongs to it: tokenizer, what it was trained on. All of it or nothing."""
+def _save(model: Any, place: Path, name: str, path: str) -> None:
+    """The model, and what belongs to it: the old one's tokenizer, what it was trained on. All of it or nothing."""
     import shutil
 
     from transformers.utils import logging
 
     from ssmlens import files
+    from ssmlens.cli import tokens
     from ssmlens.models.pretrained import packaged
 
-    source = packaged().get(str(source), source)
+    data = packaged().get(path, Path(path)) / "data.json"
     logging.disable_progress_bar()
     with files.replace_directory(place) as temporary:
         model.save_pretrained(temporary)
-        if source.is_dir():
-            for file in source.iterdir():
-                if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges")) or file.name == "data.json":
-                    shutil.copyfile(file, Path(temporary) / file.name)
+        tokens.keep(name, model, path, Path(temporary))
+        if data.is_file():
+            shutil.copyfile(data, Path(temporary) / data.name)

@@ -53,9 +53,9 @@ def run(
     if seed is not None:
         config = config.model_copy(update={"seed": seed})
     import torch
+    from accelerate import PartialState
 
     from ssmlens.models import LanguageModel, LanguageModelConfig
-    from ssmlens.tasks import stream_of
     from ssmlens.training import TrainConfig, train
 
     if config.threads:
@@ -66,7 +66,7 @@ def run(
         model = LanguageModel(LanguageModelConfig(**(config.model or {})))
     else:
         model = _loaded(start)
-    stream = stream_of({"seed": config.seed, **config.data})
+    stream = _stream({"seed": config.seed, **config.data}, model, start)
     vocabulary = model.config.vocab_size
     if stream.vocab_size > vocabulary:
         raise UserError(
@@ -76,7 +76,9 @@ def run(
         "model": model.config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed,
     }  # fmt: skip
     if start is not None:
-        identity |= {"start": _fingerprint(model), "only_polarized": only_polarized}
+        from ssmlens.experiments.needle import fingerprint
+
+        identity |= {"start": fingerprint(model), "only_polarized": only_polarized}
     groups = model.parameter_groups(settings.weight_decay, config.weight_decay_groups)
     if only_polarized:
         from ssmlens.models.retrofit import train_only_new
@@ -87,7 +89,9 @@ def run(
         model, stream, settings, where, evaluate=lambda m: evaluate(m, stream), resume=resume, title=path.stem,
         optimizer_groups=groups, identity=identity,
     )  # fmt: skip
-    save(model, where / "model", config.data)
+    if not PartialState().is_main_process:
+        return  # of several processes one writes: the last would replace the directory by one without weights
+    save(model, where / "model", config.data, start)
     measured = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items())
     print(f"{result.step} steps in {result.seconds:.0f} s; {measured}; model in {where / 'model'}")
 
@@ -104,14 +108,23 @@ def _loaded(start: str) -> Any:
     return model.train()
 
 
-def _fingerprint(model: Any) -> str:
-    """Of the weights that a run starts from, so that it is resumed with no others."""
-    import hashlib
+def _stream(data: dict[str, Any], model: Any, start: str | None) -> Any:
+    """The data of the file; text as the tokens of the model's own tokenizer, where it is one that has one. Raises UserError for
+    text and a model whose tokens are neither bytes nor a tokenizer's."""
+    from ssmlens.tasks import stream_of
 
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().view(-1).float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    if start is None or data.get("task") != "corpus":
+        return stream_of(data)
+    from ssmlens.cli import tokens
+
+    found = tokens.tokenizer(start, model, start)
+    if found is None:
+        return stream_of(data)
+    from ssmlens.tasks.corpus import CorpusConfig
+    from ssmlens.tasks.tokens import TokenStream
+
+    config = CorpusConfig.of({k: v for k, v in data.items() if k != "task"}, "data")
+    return TokenStream(config, tokens.coder(found).encode, model.config.vocab_size)
 
 
 def evaluate(model: Any, stream: Any) -> dict[str, float]:
@@ -129,8 +142,9 @@ def evaluate(model: Any, stream: Any) -> dict[str, float]:
     return {"loss": loss / count, "bits": loss / count / math.log(2), "accuracy": correct / count}
 
 
-def save(model: Any, path: Path, data: dict[str, Any]) -> None:
-    """save_pretrained, and beside the weights, in data.json, what they were trained on; all of it or nothing."""
+def save(model: Any, path: Path, data: dict[str, Any], start: str | None = None) -> None:
+    """save_pretrained, and beside the weights, in data.json, what they were trained on, and the tokenizer of the model that they were
+    before; all of it or nothing."""
     from transformers.utils import logging
 
     from ssmlens import files
@@ -138,5 +152,9 @@ def save(model: Any, path: Path, data: dict[str, Any]) -> None:
     logging.disable_progress_bar()
     with files.replace_directory(path) as temporary:
         model.save_pretrained(temporary)
+        if start is not None:
+            from ssmlens.cli import tokens
+
+            tokens.keep(start, model, start, Path(temporary))
         named = {k: Path(v).name if k == "text" else v for k, v in data.items()}  # a path says nothing elsewhere
         files.write(Path(temporary) / "data.json", json.dumps(named, indent=1) + "\n")

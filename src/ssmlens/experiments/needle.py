@@ -11,7 +11,6 @@ are read in pieces with the state carried on, so time, not memory, bounds the le
 Every cell (model, length, depth) is on disk when it is done; with `resume` it is not measured again.
 """
 
-import copy
 import hashlib
 import json
 import math
@@ -21,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssmlens import files
 from ssmlens.errors import UserError
-from ssmlens.models import StateCache
+from ssmlens.experiments.reader import Reader
 from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value, provenance
 from ssmlens.tasks.needle import Cell, Grid, NeedleStream
 
-PIECE = 1 << 14  # tokens, over all rows, read in one call
 Advance = Callable[[float], None]
 Decode = Callable[[list[int]], str]
 
@@ -84,6 +82,11 @@ class Needle:
         ]
         return Value.mean([sum(row) / len(row) for row in zip(*rows, strict=True)], "nats")
 
+    def without(self, what: str = "right") -> Value:
+        """In %, of the same prompts without any needle, over prompts."""
+        columns = [getattr(scores, what) for scores in self.control.values()]
+        return Value.mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "%")
+
     def over_control(self) -> Value:
         """Accuracy minus that without a needle, in points, prompt by prompt."""
         columns = [
@@ -97,58 +100,10 @@ class Needle:
         return [(length, d) for length in self.lengths for d in inside if (length, d) in self.cells]
 
 
-class Reader:
-    """A causal language model with its state: read tokens, fork the state for many continuations."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
-
-    @torch.no_grad()
-    def read(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Logits after the last token, (batch, vocab), and the state there."""
-        step = max(1, PIECE // tokens.shape[0])
-        out: Any = None
-        for piece in tokens.to(self.device).split(step, 1):
-            out = self.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-        return out.logits[:, -1].float(), cache
-
-    def fork(self, cache: Any, count: int) -> Any:
-        """The state of one sequence as the start of `count`; the original stays as it is."""
-        if cache is None:
-            return None
-        if isinstance(cache, StateCache):
-            return cache.repeated(count)
-        forked = copy.deepcopy(cache)
-        forked.batch_repeat_interleave(count)
-        return forked
-
-    @torch.no_grad()
-    def log_probability(self, logits: Tensor, cache: Any, answers: list[list[int]]) -> list[float]:
-        """Of answers[i] after row i. logits: those at the end of the prompts. The state is not advanced."""
-        width = max(len(a) for a in answers)
-        padded = torch.tensor([a + [0] * (width - len(a)) for a in answers], device=self.device)
-        score = logits.log_softmax(-1).gather(1, padded[:, :1])
-        if width > 1:
-            out = self.model(input_ids=padded[:, :-1], past_key_values=copy.deepcopy(cache), use_cache=True)
-            rest = out.logits.float().log_softmax(-1).gather(2, padded[:, 1:, None])[..., 0]
-            score = torch.cat([score, rest], 1)
-        # padding comes after an answer: what it would have scored is left out
-        return [float(row[: len(a)].sum()) for row, a in zip(score, answers, strict=True)]
-
-    def generate(self, logits: Tensor, cache: Any, count: int) -> list[list[int]]:
-        """The `count` tokens after each row, each the most probable. The state given is used up."""
-        found = [logits.argmax(-1)]
-        for _ in range(count - 1):
-            logits, cache = self.read(found[-1][:, None], cache)
-            found.append(logits.argmax(-1))
-        return torch.stack(found, 1).tolist()
-
-
 def names(text: str, answer: str) -> int:
     """Where `answer` stands in `text` as a word; -1 where it does not."""
-    low, word = text.lower(), answer.lower()
+    # the symbol of helium is no pronoun
+    low, word = (text, answer) if len(answer) <= 2 else (text.lower(), answer.lower())
     at = low.find(word)
     while at >= 0:
         before, after = low[at - 1 : at], low[at + len(word) : at + len(word) + 1]
@@ -172,12 +127,10 @@ def measure_statements(
 ) -> Needle:
     """Every fact of the grid at every length and depth. advance: is told the tokens read. Raises UserError for a length beyond the
     positions of the model, or too short for the needles."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(limit, int) and max(lengths) > limit:
-        raise UserError(f"{name} reads at most {limit} tokens, the grid has {max(lengths)}: give smaller --lengths")
+    generated = max(len(a) for pair in grid.answers for a in pair) + 3
+    _fits(name, model, max(lengths), generated - 1)
     store = store or Store(None)
     reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {})
-    generated = max(len(a) for pair in grid.answers for a in pair) + 3
     with evaluating(model):
         for length in lengths:
             cache, seen = None, 0
@@ -193,12 +146,24 @@ def measure_statements(
                     scores = _score(
                         reader, grid, cell, cache if cell.prefix else None, decode, generated, batch_size, advance
                     )
+                    if not all(math.isfinite(m) for m in scores.margin or []):
+                        raise UserError(f"{name} answers with NaN or infinity on texts of {length} tokens")
                     store.put(key, scores)
                 if cell.control:
                     found.control[length] = scores
                 else:
                     found.cells[length, cell.depth] = scores
     return found
+
+
+def _fits(name: str, model: nn.Module, length: int, behind: int) -> None:
+    """Raises UserError where the model has no positions for a prompt and what it says behind it."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and length + behind > limit:
+        raise UserError(
+            f"{name} reads at most {limit} tokens; the longest text has {length}, and {behind} more are for the answer: "
+            f"give --lengths of at most {limit - behind}"
+        )
 
 
 def work(grid: Grid, lengths: Sequence[int], depths: Sequence[float]) -> int:
@@ -247,6 +212,7 @@ def measure_synthetic(
     advance: Advance = lambda tokens: None,
 ) -> Needle:
     """`prompts` prompts a cell: one key and its value in noise, right where the value is the most probable token."""
+    _fits(name, model, max(lengths), 0)
     store = store or Store(None)
     reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {})
     with evaluating(model):
@@ -324,7 +290,8 @@ def fingerprint(model: nn.Module) -> str:
     """Of the weights: another model under the same name must not be taken for this one."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)} {value.double().sum().item():.12g}".encode())
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -332,15 +299,15 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def record(
-    found: Sequence[Needle], *, synthetic: bool, config: Mapping[str, Any], seeds: list[int], notes: Sequence[str], chance: float
+    found: Sequence[Needle], *, synthetic: bool, config: Mapping[str, Any], seeds: list[int], notes: Sequence[str], chance: float = math.nan,
 ) -> Record:  # fmt: skip
-    """Tables, curve over depth, heat maps, verdict. chance: accuracy in % of guessing."""
+    """Tables, curve over depth, heat maps, verdict. chance: accuracy in % of guessing, of the synthetic task."""
     whats = ["right"] if synthetic else ["right", "generated"]
     return Record(
         kind="needle",
         title="Needle in a haystack: " + ", ".join(n.name for n in found),
         verdict=[verdict(n, synthetic) for n in found],
-        tables=[_table(found, whats, synthetic)],
+        tables=[_table(found, what, synthetic) for what in whats],
         figures=[
             *(_by_depth(found, what, synthetic, chance) for what in whats),
             *([] if synthetic or not all(n.control for n in found) else [_moved(found)]),
@@ -367,6 +334,8 @@ def _what(what: str, synthetic: bool) -> tuple[str, str]:
 def verdict(n: Needle, synthetic: bool = False) -> str:
     early, late, index = n.third(last=False), n.third(last=True), n.recency_index()
     numbers = f"{late.value:.0f} % right in the last third of the text, {early.value:.0f} % in the first"
+    if n.control:
+        numbers += f", {n.without().value:.0f} % without any needle"
     bounds = index.interval()
     if bounds is None:
         return f"{n.name}: {numbers}."
@@ -383,31 +352,27 @@ def verdict(n: Needle, synthetic: bool = False) -> str:
     return f"{n.name}: no difference between early and late needles can be told: {numbers} ({interval})."
 
 
-def _table(found: Sequence[Needle], whats: Sequence[str], synthetic: bool) -> Table:
-    columns = [Column(name="model")]
-    for what in whats:
-        title, meaning = _what(what, synthetic)
-        columns += [
-            Column(name=title, unit="%", meaning=meaning),
-            Column(name="first third", unit="%"), Column(name="last third", unit="%"),
-            Column(name="recency index", unit="points", meaning="last third minus first third"),
-        ]  # fmt: skip
+def _table(found: Sequence[Needle], what: str, synthetic: bool) -> Table:
+    title, meaning = _what(what, synthetic)
+    columns = [
+        Column(name="model"), Column(name=title, unit="%", meaning=meaning),
+        Column(name="first third", unit="%", meaning="needles in the first third of the text"),
+        Column(name="last third", unit="%", meaning="needles in its last third"),
+        Column(name="recency index", unit="points", meaning="last third minus first third"),
+    ]  # fmt: skip
     if not synthetic:
         columns.append(
-            Column(name="without needle", unit="%", meaning="the same prompts with no needle: what preference says by itself")
+            Column(name="without needle", unit="%", meaning="the same prompts with no needle: what the model says by itself")
         )  # fmt: skip
     rows: list[list[Any]] = []
     for n in found:
-        row: list[Any] = [n.name]
-        for what in whats:
-            row += [n.accuracy(list(n.cells), what), n.third(False, what), n.third(True, what), n.recency_index(what)]
-        if not synthetic:
-            columns_of = [s.right for s in n.control.values()]
-            row.append(Value.mean([100 * sum(r) / len(r) for r in zip(*columns_of, strict=True)], "%"))
-        rows.append(row)
+        row: list[Any] = [n.name, n.accuracy(list(n.cells), what)]
+        row += [n.third(False, what), n.third(True, what), n.recency_index(what)]
+        rows.append(row if synthetic else [*row, n.without(what)])
     units = "prompts" if synthetic else "statements"
     return Table(
-        id="needle", title="Needles found", columns=columns, rows=rows,
+        id="needle" if what == "right" else f"needle-{what}", columns=columns, rows=rows,
+        title="Needles found" if synthetic else f"Needles found: {title}",
         meaning="A model that remembers equally well everywhere has a recency index of 0; one that forgets has a positive one.",
         method=f"Mean over {units} ± standard error over {units}, each averaged over lengths and depths first.",
     )  # fmt: skip
@@ -425,9 +390,14 @@ def _by_depth(found: Sequence[Needle], what: str, synthetic: bool, chance: float
                 stderr=[v.stderr or 0.0 for v in values], group=n.name,
             )
         )  # fmt: skip
-    if what == "right":
-        ends = [100 * min(found[0].depths), 100 * max(found[0].depths)]
+    ends = [100 * min(found[0].depths), 100 * max(found[0].depths)]
+    if synthetic:
         series.append(Series(name="guessing", x=ends, y=[chance, chance], style="fit", group="paper"))
+    else:  # a model that knows the world is far below the half that a coin would have
+        for n in found:
+            series.append(
+                Series(name=f"{n.name}, no needle", x=ends, y=[n.without(what).value] * 2, style="fit", group=n.name)
+            )
     return Figure(
         id=f"by-depth-{what}", title=f"By depth: {title}", x_label="depth of the needle (% of the text before it)",
         y_label=f"{title} (%)", series=series, meaning=f"{meaning} Left: needles at the beginning; right: just before the question.",

@@ -65,7 +65,7 @@ FACTS: tuple[Fact, ...] = (
     ),
     *_facts(
         "language", "The official language of @ is {}.", "What is the official language of @?",
-        ("Brazil", "Portuguese", "German"), ("Austria", "German", "Turkish"), ("Mexico", "Spanish", "Russian"),
+        ("Brazil", "Portuguese", "German"), ("Austria", "German", "Turkish"), ("Spain", "Spanish", "Russian"),
         ("Iran", "Persian", "French"), ("Sweden", "Swedish", "Arabic"), ("Hungary", "Hungarian", "Dutch"),
     ),
     *_facts(

@@ -37,35 +37,60 @@ _TRAIN, _VALIDATION, _TEST = range(3)  # the second number of a seed
 
 @dataclass(frozen=True, eq=False)
 class Haystack:
-    """A text as tokens; ends: where its sentences end, in tokens. repeated: how often it stands there to be long enough."""
+    """A text as tokens; ends: where its sentences end, in tokens. repeated: how often it stands there to be long enough.
+    start: how many special tokens come first, before which nothing may stand."""
 
     name: str
     ids: Int[Tensor, " size"]
     ends: Int[Tensor, " sentences"]
     repeated: int = 1
+    start: int = 0
 
     @classmethod
-    def of(cls, name: str, text: str, encode: Encode, shortest: int) -> "Haystack":
-        """At least `shortest` tokens, the text again and again if need be. Raises UserError for a text without a sentence."""
+    def of(cls, name: str, text: str, encode: Encode, shortest: int, start: Sequence[int] = ()) -> "Haystack":
+        """At least `shortest` tokens, the text again and again if need be. start: special tokens that every text begins with.
+        Raises UserError for a text without a sentence."""
         sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", text) if s.strip()]
         ids: list[int] = []
         ends: list[int] = []
         for i, sentence in enumerate(sentences):
-            ids += encode(f" {sentence}" if i else sentence)
+            ids += after(".", f" {sentence}", encode) if i else encode(sentence)
             ends.append(len(ids))
             if len(ids) >= shortest:
                 break
         if not ids:
             raise UserError(f"{name} holds no sentence to hide a needle in: give a text")
         times = -(-shortest // len(ids))
-        all_ids = torch.tensor(ids).repeat(times)
-        all_ends = (torch.arange(times)[:, None] * len(ids) + torch.tensor(ends)).flatten()
-        return cls(name, all_ids, all_ends, times)
+        all_ids = torch.cat([torch.tensor(start, dtype=torch.long), torch.tensor(ids).repeat(times)])
+        all_ends = len(start) + (torch.arange(times)[:, None] * len(ids) + torch.tensor(ends)).flatten()
+        return cls(name, all_ids, all_ends, times, len(start))
 
     def before(self, target: int) -> int:
-        """The end of the last sentence that ends at or before `target`; 0 where none does."""
+        """The end of the last sentence that ends at or before `target`; the beginning where none does."""
         found = int(torch.searchsorted(self.ends, target, right=True))
-        return int(self.ends[found - 1]) if found else 0
+        return int(self.ends[found - 1]) if found else self.start
+
+
+def after(before: str, text: str, encode: Encode) -> list[int]:
+    """The tokens of `text` where it goes on from `before`: alone, some tokenizers would put a space of their own before it."""
+    head, whole = encode(before), encode(before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else encode(text)
+
+
+def asked(prompt: str, answers: tuple[str, str], encode: Encode) -> tuple[list[int], tuple[list[int], list[int]]]:
+    """A question and its two answers as tokens, cut where question and answer come apart: a tokenizer may join letters across
+    the seam, and then the cut is before them. Raises UserError where the tokenizer does not tell the answers apart."""
+    alone = after(".", prompt, encode)
+    a, b = (after(".", f"{prompt} {answer}", encode) for answer in answers)
+    cut = next((i for i, same in enumerate(zip(alone, a, b, strict=False)) if len(set(same)) > 1), len(alone))
+    cut = min(cut, len(a) - 1, len(b) - 1)
+    one, other = a[cut:], b[cut:]
+    shorter = min(len(one), len(other))
+    if one[:shorter] == other[:shorter]:
+        raise UserError(
+            f"this tokenizer writes {answers[0]!r} and {answers[1]!r} with the same tokens: it has no needle to ask for"
+        )
+    return alone[:cut], (one, other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +117,18 @@ class Grid:
 
     @classmethod
     def of(cls, haystack: Haystack, facts: Sequence[Fact], encode: Encode) -> "Grid":
-        return cls(
-            haystack,
-            tuple(facts),
-            [encode(f" {fact.needle}") for fact in facts],
-            [encode(ASK.format(question=fact.question, cue=fact.cue)) for fact in facts],
-            [(encode(f" {fact.context}"), encode(f" {fact.world}")) for fact in facts],
-        )
+        """Raises UserError for a tokenizer that writes two answers with the same tokens."""
+        both = [
+            asked(ASK.format(question=fact.question, cue=fact.cue), (fact.context, fact.world), encode)
+            for fact in facts
+        ]
+        needles = [after(".", f" {fact.needle}", encode) for fact in facts]
+        return cls(haystack, tuple(facts), needles, [q for q, _ in both], [a for _, a in both])
 
     @property
     def shortest(self) -> int:
         """The least length: needle, question, and as much haystack again."""
-        return 2 * self._around
+        return self.haystack.start + 2 * self._around
 
     @property
     def _around(self) -> int:

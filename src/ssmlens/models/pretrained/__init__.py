@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,9 @@ from ssmlens.models.pretrained import originals
 from ssmlens.models.pretrained.families import FAMILIES, Unsupported, convert
 
 __all__ = ["FAMILIES", "Unsupported", "convert", "load", "packaged"]
+
+# Causal masks and angles that old checkpoints of GPT-NeoX, GPT-2 and Llama hold beside the weights.
+MASKS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
 
 def packaged() -> dict[str, Path]:
@@ -40,6 +47,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         if originals.is_mamba_ssm(_config(local)):
             return _finite(name, originals.load_mamba_ssm(local)).eval()
         _model_type(local)
+        _no_code(_config(local), name)
         _inspect(local)
         source = str(local)
     elif exists and local.suffix == ".pth":
@@ -52,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise UserError(
             f"{name} is a file; give the directory that holds config.json and model.safetensors, an RWKV .pth or a .gguf file"
         )
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not local.parent.is_dir():
         source = name
     else:
         known = list(packaged())
@@ -97,49 +105,107 @@ def _inspect(directory: Path) -> None:
                 raise UserError(f"{index} names the shard {shard!r}; shards must lie beside it")
             if not (directory / shard).is_file():
                 raise UserError(f"cannot load {directory}: the shard {shard} is missing")
+    tensors = _tensors(directory)
+    for key, (kind, _) in tensors.items():
+        if kind not in ("F64", "F32", "F16", "BF16") and not MASKS.search(key):
+            raise UserError(f"cannot load {directory}: {key} has dtype {kind}; only floating-point weights can be read")
+    if tensors:
+        _plausible(directory, {key: shape for key, (_, shape) in tensors.items()})
+
+
+def _tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Of every tensor in the files its dtype and shape, without reading it. Raises UserError."""
     from safetensors import SafetensorError, safe_open
 
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as f:
-                kinds = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118  (not a dict)
+                for key in f.keys():  # noqa: SIM118  (not a dict)
+                    part = f.get_slice(key)
+                    found[key] = part.get_dtype(), tuple(part.get_shape())
         except (SafetensorError, OSError) as e:
             raise UserError(f"cannot load {directory}: {path.name} is damaged ({e})") from None
-        for key, kind in kinds.items():
-            if kind not in ("F64", "F32", "F16", "BF16"):
-                raise UserError(
-                    f"cannot load {directory}: {key} has dtype {kind}; only floating-point weights can be read"
-                )
+    return found
 
 
-def _read(name: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+def _plausible(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a configuration that describes a far larger model than the files hold, before memory is asked for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers = _config(directory).get("num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(shapes):
+        raise UserError(
+            f"cannot load {directory}: the configuration says {layers} layers, the files hold {len(shapes)} tensors"
+        )
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception:  # whatever it is, `_read` meets it again and says so
+            return
+    described, held = sum(p.numel() for p in model.parameters()), sum(math.prod(shape) for shape in shapes.values())
+    if described <= 2 * held:
+        return
+    for key, p in model.state_dict().items():
+        if key in shapes and shapes[key] != tuple(p.shape):
+            raise UserError(
+                f"cannot load {directory}: {key} has shape {shapes[key]}, the configuration says {tuple(p.shape)}"
+            )
+    raise UserError(
+        f"cannot load {directory}: the configuration describes {described:,} weights, the files hold {held:,}"
+    )
+
+
+def _no_code(tree: Any, name: str) -> None:
+    """Refuse a configuration that asks for kernels of somebody: transformers would fetch and run them."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        if "implementation" in str(key) and "/" in str(value):
+            raise UserError(
+                f"{name} asks for code from elsewhere ({key}: {str(value)[:80]}), which is never run: remove that key"
+            )
+        _no_code(value, name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without warnings and bars."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # what a warning would say of missing keys, `_checked` raises
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, use_safetensors=None if options else True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # `_checked` refuses them, by name
-            **options,
-        )  # fmt: skip
-    except UserError as e:
-        raise UserError(f"{name}: {e}") from None
-    except (
-        Exception
-    ) as e:  # transformers, safetensors and the hub raise a dozen kinds; each means: this cannot be loaded
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"cannot load {name}: {reason[:300]}") from e
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 
 
+def _read(name: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    with _quiet():  # what a warning would say of missing keys, `_checked` raises
+        try:
+            if not options:
+                _no_code(PreTrainedConfig.get_config_dict(source)[0], name)
+            return AutoModelForCausalLM.from_pretrained(
+                source, use_safetensors=None if options else True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # `_checked` refuses them, by name
+                **options,
+            )  # fmt: skip
+        except UserError as e:
+            raise UserError(f"{name}: {e}") from None
+        except Exception as e:  # transformers, safetensors and the hub raise a dozen kinds: this cannot be loaded
+            reason = f"it lacks {e}" if isinstance(e, KeyError) else " ".join(str(e).split()) or type(e).__name__
+            raise UserError(f"cannot load {name}: {reason[:300]}") from e
+
+
 def _checked(name: str, model: nn.Module, info: dict[str, Any]) -> nn.Module:
-    for what, keys in (("lacks", info.get("missing_keys")), ("has unknown", info.get("unexpected_keys"))):
+    unknown = [key for key in info.get("unexpected_keys") or () if not MASKS.search(key)]
+    for what, keys in (("lacks", info.get("missing_keys")), ("has unknown", unknown)):
         if keys:
             some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise UserError(f"cannot load {name}: the checkpoint {what} {some}")

@@ -7,6 +7,8 @@ What a .pth file is, its names and shapes say; it has no configuration.
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,16 +35,27 @@ def load_mamba_ssm(directory: Path) -> LanguageModel:
     state = _float32(read(file))
     if "backbone.embedding.weight" not in state:
         raise UserError(f"{file} holds no backbone.embedding.weight: not a model of mamba_ssm")
-    family, theirs = _mamba_ssm(config, state, str(directory))
-    state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
-    return _built(family, theirs, state, str(directory))
+    with _sound(str(directory)):
+        family, theirs = _mamba_ssm(config, state, str(directory))
+        state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
+        return build(family, theirs, state)
 
 
 def load_rwkv(file: Path) -> LanguageModel:
     """RWKV-4, 5 (5.2) or 6. Raises UserError, naming the file, for any other."""
     state = _float32(read(file))
+    if any(name.rpartition(".")[2] in ("r_k", "k_a", "x_r") for name in state):
+        raise UserError(
+            f"{file} is an RWKV-7, whose state is not of a kind that ours have; RWKV-4, 5.2 and 6 can be loaded"
+        )
     if "emb.weight" not in state or "blocks.0.ln1.weight" not in state:
         raise UserError(f"{file} is not a model of RWKV-LM: it has no emb.weight or no blocks.0.ln1.weight")
+    with _sound(str(file)):
+        return build(*_rwkv(file, state))
+
+
+def _rwkv(file: Path, state: State) -> tuple[Family, Any, State]:
+    """The family, its configuration as far as the weights' shapes say it, and the weights under its names."""
     config = SimpleNamespace(
         vocab_size=state["emb.weight"].shape[0],
         hidden_size=state["emb.weight"].shape[1],
@@ -54,7 +67,7 @@ def load_rwkv(file: Path) -> LanguageModel:
     if "time_first" in names:
         config.attention_hidden_size = state["blocks.0.att.key.weight"].shape[0]
         config.intermediate_size = state["blocks.0.ffn.key.weight"].shape[0]
-        return _built(FAMILIES["rwkv"], config, _as_transformers(state), str(file))
+        return FAMILIES["rwkv"], config, _as_transformers(state)
     if "time_faaaa" not in names:
         raise UserError(f"{file} is no RWKV-4, 5 or 6 (its first layer has {', '.join(sorted(names)[:4])} ...)")
     decay, config.d_head = state["blocks.0.att.time_decay"], state["blocks.0.att.time_faaaa"].shape[1]
@@ -64,8 +77,8 @@ def load_rwkv(file: Path) -> LanguageModel:
     if "time_maa_w1" in names:
         config.mix_rank = state["blocks.0.att.time_maa_w2"].shape[1]
         config.decay_rank = state["blocks.0.att.time_decay_w1"].shape[1]
-        return _built(RWKV6, config, state, str(file))
-    return _built(RWKV5, config, state, str(file))
+        return RWKV6, config, state
+    return RWKV5, config, state
 
 
 def read(file: Path) -> State:
@@ -80,6 +93,9 @@ def read(file: Path) -> State:
             raise UserError(f"cannot load {file}: it is damaged, or holds more than tensors ({reason})") from None
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise UserError(f"cannot load {file}: it holds other things than named tensors")
+    for name, value in found.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UserError(f"cannot load {file}: {name} is not a plain tensor with its numbers in it")
     return found
 
 
@@ -87,14 +103,23 @@ def _float32(state: State) -> State:
     for name, value in state.items():
         if not value.is_floating_point():
             raise UserError(f"{name} has dtype {value.dtype}; only floating-point weights can be read")
-    return {k: v.float() for k, v in state.items()}
+    return {k: v.float().contiguous() for k, v in state.items()}
 
 
-def _built(family: Family, config: Any, state: State, name: str) -> LanguageModel:
+@contextmanager
+def _sound(name: str) -> Iterator[None]:
+    """Whatever a configuration or weights of the wrong kind lead to, the error names the file."""
     try:
-        return build(family, config, state)
-    except (UserError, Unsupported) as e:
+        yield
+    except UserError as e:
+        raise e if name in str(e) else UserError(f"cannot load {name}: {e}") from None
+    except Unsupported as e:
         raise UserError(f"cannot load {name}: {e}") from None
+    except KeyError as e:
+        raise UserError(f"cannot load {name}: the checkpoint lacks {e.args[0]}") from None
+    except (TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as e:
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"cannot load {name}: its configuration or its weights are malformed ({reason})") from e
 
 
 def _mamba_ssm(config: dict[str, Any], state: State, name: str) -> tuple[Family, Any]:
