@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
-from ssmlens.experiments import needle, reader
+from ssmlens.experiments import needle, needle_record, reader
 from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.tasks.facts import FACTS
 from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
@@ -88,11 +88,11 @@ def test_a_model_that_remembers_so_far_back_finds_needles_up_to_there():
     assert (n.third(False).value, n.third(True).value, n.recency_index().value) == (0.0, 100.0, 100.0)
     assert n.moved(0.0).value == pytest.approx(0, abs=1e-6)
     assert n.moved(1.0).value > 10
-    assert "finds needles near the end better" in needle.verdict(n)
+    assert "finds needles near the end better" in needle_record.verdict(n)
     everywhere = needle.measure_statements("oracle", Oracle(g.facts, 10_000), g, decode, [700], depths)
     assert everywhere.accuracy(list(everywhere.cells)).value == 100
     never = needle.measure_statements("oracle", Oracle(g.facts, 1), g, decode, [700], depths)
-    assert "does not answer by the text" in needle.verdict(never)
+    assert "does not answer by the text" in needle_record.verdict(never)
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "attention", "rwkv4", "griffin"])
@@ -170,7 +170,7 @@ def test_the_synthetic_needle_is_scored_by_the_most_probable_token():
     n = needle.measure_synthetic("knows", Knows(10), stream, [16, 32], [0.0, 0.5, 1.0], prompts=10)
     assert [sum(n.cells[16, d].right) for d in (0.0, 0.5, 1.0)] == [0, 10, 10]
     assert [sum(n.cells[32, d].right) for d in (0.0, 0.5, 1.0)] == [0, 0, 10]
-    record = needle.record([n], synthetic=True, config={}, seeds=[0], notes=[], chance=25)
+    record = needle_record.record([n], synthetic=True, config={}, seeds=[0], notes=[], chance=25)
     assert record.maps[0].panels[0].values == [[0, 100, 100], [0, 0, 100]]
     assert record.figures[0].series[0].y == [0, 50, 100]
     assert record.complete

@@ -75,6 +75,7 @@ def _statements(
 ) -> Any:  # fmt: skip
     from ssmlens.cli import tokens
     from ssmlens.experiments import needle as n
+    from ssmlens.experiments import needle_record
     from ssmlens.tasks import corpus
     from ssmlens.tasks.facts import FACTS
     from ssmlens.tasks.needle import Grid, Haystack
@@ -108,7 +109,7 @@ def _statements(
     for name, grid in grids.items():
         if grid.haystack.repeated > 1:
             notes.append(f"{name}: the text is repeated {grid.haystack.repeated} times to reach {max(lengths)} tokens.")
-    return n.record(found, synthetic=False, config=identity, seeds=[], notes=notes)
+    return needle_record.record(found, synthetic=False, config=identity, seeds=[], notes=notes)
 
 
 def _synthetic(
@@ -116,6 +117,7 @@ def _synthetic(
     batch_size: int, resume: bool, where: Path, shown: bool,
 ) -> Any:  # fmt: skip
     from ssmlens.experiments import needle as n
+    from ssmlens.experiments import needle_record
     from ssmlens.tasks.needle import NeedleConfig, NeedleStream
 
     config = NeedleConfig.of({k: v for k, v in data.items() if k != "task"}, "data.json")
@@ -139,7 +141,9 @@ def _synthetic(
         f"noise; trained on lengths {', '.join(map(str, sorted(config.lengths)))}, the needle anywhere.",
         *([f"Lengths {', '.join(beyond)} are longer than any in training."] if beyond else []),
     ]
-    return n.record(found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys)
+    return needle_record.record(
+        found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys
+    )
 
 
 class _bar:
