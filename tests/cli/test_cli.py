@@ -254,3 +254,32 @@ def test_ctrl_c_keeps_what_is_finished(model, tmp_path):
     assert record["complete"] is False
     assert record["figures"]
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_killed_diagnosis_resumes(model, tmp_path):
+    """kill -9 after the first measurement, --resume: what was finished is not measured again, and the record is that of an undisturbed run."""
+    asked = ["diagnose", model, "--length", 256, "--sequences", 2, "--probes", 4]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*COMMAND, *map(str, asked), "--out", "killed"], cwd=tmp_path, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    finished = tmp_path / "killed" / "measured" / "influence-1.npz"
+    deadline = time.monotonic() + 240
+    while not finished.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "report.html").exists(), "the run ended before it was killed"
+    written = finished.stat().st_mtime_ns
+
+    other = ssmlens("diagnose", model, "--length", 128, "--out", "killed", "--resume", cwd=tmp_path)
+    assert_refused(other, "inputs", "--resume")
+    run = ssmlens(*asked, "--out", "killed", "--resume", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert finished.stat().st_mtime_ns == written
+    assert ssmlens(*asked, "--out", "whole", cwd=tmp_path).returncode == 0
+    killed, whole = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("killed", "whole"))
+    assert killed["complete"] is True
+    assert killed["verdict"] == whole["verdict"]
+    assert killed["figures"] == whole["figures"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ssmlens.errors import UserError
-from ssmlens.lens import influence, smoothing
+from ssmlens.lens import diagnose, influence, smoothing
 from ssmlens.lens import subject as subject_module
 from ssmlens.lens.subject import Access, Subject
 
@@ -185,3 +185,18 @@ def test_a_walk_that_was_broken_off_is_not_remembered():
             made.walk(tokens(1, 12), stop)
         made.walk(tokens(1, 12), seen.append)
     assert [one.index for one in seen] == [0, 1]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_who_reads_later_tokens_is_refused(causal):
+    def run(m, x):
+        seen = x if causal else x + x.mean(1, keepdim=True)
+        return seen @ m.weight
+
+    table = nn.Embedding(32, 4)
+    made = nn.Linear(4, 4)
+    subject = Subject("looks ahead", made, Access(embed=lambda m, x: table(x).detach(), run=run))
+    assert subject.is_causal(tokens(1, 20)) is causal
+    if not causal:
+        with pytest.raises(UserError, match="looks ahead reads later tokens"):
+            diagnose(subject, tokens(1, 20), measures=["influence"])

@@ -137,6 +137,30 @@ def test_an_interrupted_run_says_so(make_record):
     assert "No verdict was recorded" in html
 
 
+def test_what_is_long_waits_behind_a_click(make_record):
+    def folded(verdict, rows):
+        table = Table(id="t", title="T", columns=[Column(name="row")], rows=[[i] for i in range(rows)])
+        return page.html(make_record(verdict=verdict, figures=[], maps=[], tables=[table]))
+
+    assert 'class="more"' not in folded([f"Finding {i}." for i in range(9)], 12)
+    html = folded([f"Finding {i}." for i in range(12)], 13)
+    assert "<summary>4 more findings</summary>" in html
+    assert "<summary>The table: 13 rows</summary>" in html
+    assert html.index("Finding 7.") < html.index("4 more findings") < html.index("Finding 11.")
+
+
+def test_a_large_drawing_is_there_once_and_compressed_for_download(make_record, monkeypatch):
+    record = make_record()
+    page_of_both = Page(page.html(record))
+    monkeypatch.setattr(page, "SVG_BYTES", 0)
+    html = page.html(record)
+    assert 'class="narrow"' not in html
+    assert html.count("<svg") < sum(tag == "svg" for tag, *_ in page_of_both.tags)
+    packed = re.search(r'download="[^"]+\.svg\.gz" href="data:application/gzip;base64,([^"]+)"', html)
+    assert packed
+    assert gzip.decompress(b64decode(packed[1])).decode().lstrip().startswith("<?xml")
+
+
 def test_what_is_undefined_or_missing_has_words(make_record):
     nothing = Figure(id="n", title="Nothing", x_label="x (s)", y_label="y (s)", series=[])
     undefined = Figure(

@@ -168,6 +168,9 @@ def diagnose(
         if name not in MEASURES:
             raise UserError(f"unknown measure {name!r}{nearest(name, list(MEASURES))} (known: {', '.join(MEASURES)})")
     given = {s.name: s.tokens(inputs[s.name] if isinstance(inputs, Mapping) else inputs) for s in subjects}
+    for s in subjects:
+        if not s.is_causal(given[s.name]):
+            raise UserError(f"{s.name} reads later tokens too: only causal language models can be diagnosed")
     named = ", ".join(given)
     initial_of, beside = {}, []
     if at_initialisation:

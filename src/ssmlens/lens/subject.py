@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssmlens.errors import UserError
 
 _REMEMBERED = 2**29  # bytes
+_FEW, _ROUNDED = 12, 100  # tokens; resolutions of the dtype by which rounding may change an output (FFTs do)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class Subject:
         if self.access.head is None:
             raise UserError(f"{self.name} has no head: measure its hidden state instead of its logits")
         return self.access.head(self.model, hidden)
+
+    def is_causal(self, tokens: Int[Tensor, "batch length"]) -> bool:
+        """Whether earlier outputs stay as they are when the last of a few tokens changes."""
+        with self.still(), torch.no_grad():
+            x = self.embed(tokens[:1, :_FEW])
+            other = torch.cat([x[:, :-1], -x[:, -1:]], dim=1)
+            before, after = (self.run(one)[:, :-1] for one in (x, other))
+        allowed = _ROUNDED * torch.finfo(self.dtype).eps * float(before.norm())
+        return not float((after - before).norm()) > allowed  # NaN is for the measurements to report
 
     def walk(self, tokens: Int[Tensor, "batch length"], visit: Callable[[BlockPass], None]) -> None:
         """One forward pass without gradients; `visit` sees each block as it finishes, so that no more than one is held (`remembering` aside)."""

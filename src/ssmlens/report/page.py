@@ -30,9 +30,11 @@ DRAWN_POINTS = 12_000
 NARROW_POINTS = 200
 CSV_BYTES = 400_000
 PNG_BYTES = 500_000  # before base64
+SVG_BYTES = 400_000  # a larger drawing has no second form for phones without scripts, and is compressed for download
 LIVE_NUMBERS = 70_000  # for the script; each takes four bytes or more
 MOST_LIVE = 4096  # points of a series
 LIVE_CELLS = 100_000
+SPOKEN = 8  # sentences of a verdict; the others wait behind a click
 MOST_CELLS = 128  # in a row or column: more are narrower than a pixel or two
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("common.js", "axes.js", "view.js", "drawing.js", "figure.js", "map.js", "start.js")
@@ -68,6 +70,11 @@ class RecordView:
     def contents(self) -> list[tuple[str, str]]:
         """(key, title) of what the list at the top leads to."""
         return [(f.key, f.title) for f in self.figures] + [(t.key, t.title) for t in self.tables]
+
+    @property
+    def spoken(self) -> int:
+        """How many sentences of the verdict are shown at once: one alone is not worth a click."""
+        return SPOKEN if len(self.verdict) > SPOKEN + 1 else len(self.verdict)
 
     @property
     def about(self) -> str:
@@ -129,14 +136,18 @@ def html(records: Record | Sequence[Record], *, title: str | None = None) -> str
     )
 
 
-def picture(figure: Figure, key: str, groups: Sequence[str], points: int) -> Markup:
-    """One figure as HTML: a wide and a narrow drawing, of which the style sheet shows the one that fits."""
+def picture(figure: Figure, key: str, groups: Sequence[str], points: int, most: int = SVG_BYTES) -> Markup:
+    """One figure as HTML: a wide and a narrow drawing, of which the style sheet shows the one that fits; above `most` bytes the wide one alone."""
     wide = plots.svg(figure, groups=groups, prefix=f"{key}w-", points=points)
+    if len(wide) > most:
+        return _drawn(wide, "")
     narrow = plots.svg(figure, groups=groups, prefix=f"{key}n-", points=min(points, NARROW_POINTS), form=canvas.NARROW)
     return _drawn(wide, narrow)
 
 
 def _drawn(wide: str, narrow: str) -> Markup:
+    if not narrow:
+        return Markup(f'<div class="drawn">{wide}</div>')
     return Markup(f'<div class="drawn"><div class="wide">{wide}</div><div class="narrow">{narrow}</div></div>')
 
 
@@ -157,6 +168,16 @@ class _Stock:
     @property
     def png_bytes(self) -> int:
         return PNG_BYTES // (len(self.figures) + len(self.maps))
+
+    @property
+    def svg_bytes(self) -> int:
+        return SVG_BYTES // (len(self.figures) + len(self.maps))
+
+    def svg(self, name: str, content: str) -> data.Download:
+        plain = data.uri("image/svg+xml;charset=utf-8", content)
+        if len(plain) <= self.svg_bytes:
+            return data.Download("SVG", plain, f"{name}.svg")
+        return data.Download("SVG (gzip)", data.uri("application/gzip", data.packed(content)), f"{name}.svg.gz")
 
     @cached_property
     def cells(self) -> int:
@@ -282,12 +303,12 @@ def _figure(figure: Figure, key: str, groups: Sequence[str], keyed: Sequence[str
         method=text.clean(figure.method),
         uncertainty=curves.uncertainty_words(figure),
         remarks=remarks,
-        picture=picture(figure, key, groups, stock.points),
+        picture=picture(figure, key, groups, stock.points, stock.svg_bytes),
         numbers=Markup(live.embedded(live.spec(figure, groups, stock.live_points, keyed))),
         kind="chart",
         downloads=[
             data.Download("PNG", data.uri("image/png", png), f"{name}.png"),
-            data.Download("SVG", data.uri("image/svg+xml;charset=utf-8", svg), f"{name}.svg"),
+            stock.svg(name, svg),
             stock.csv(figure),
         ],
         grids=data.grids(figure),
@@ -298,7 +319,8 @@ def _map(heat_map: Map, key: str, groups: Sequence[str], stock: _Stock) -> Figur
     shown = cells.coarse(heat_map, stock.cells)
     png, svg = heat.picture(shown, groups=groups, png_bytes=stock.png_bytes)
     wide = heat.svg(shown, groups=groups, form=canvas.WIDE, prefix=f"{key}w-")
-    narrow = heat.svg(shown, groups=groups, form=canvas.NARROW, prefix=f"{key}n-")
+    small = len(wide) <= stock.svg_bytes
+    narrow = heat.svg(shown, groups=groups, form=canvas.NARROW, prefix=f"{key}n-") if small else ""
     name = text.file_name(heat_map.id)
     remarks = cells.left_out(heat_map)
     if shown is not heat_map:
@@ -320,7 +342,7 @@ def _map(heat_map: Map, key: str, groups: Sequence[str], stock: _Stock) -> Figur
         kind="map",
         downloads=[
             data.Download("PNG", data.uri("image/png", png), f"{name}.png"),
-            data.Download("SVG", data.uri("image/svg+xml;charset=utf-8", svg), f"{name}.svg"),
+            stock.svg(name, svg),
             stock.csv(heat_map),
         ],
         grids=cells.grids(heat_map),

@@ -28,3 +28,7 @@ for (const article of document.querySelectorAll("article")) {
     key.hidden = false;
   }
 }
+// On paper nothing can be clicked.
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details.more")) folded.open = true;
+});
