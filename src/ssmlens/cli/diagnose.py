@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ssmlens.cli import tokens as tokens_of
 from ssmlens.errors import UserError
 
 
@@ -20,13 +21,15 @@ def run(
     if not models and not packaged():
         raise UserError("this installation has no packaged checkpoints; name a model")
     on = _device(device)
+    from ssmlens.lens import MEASURES, diagnose
+    from ssmlens.lens.diagnosis import check_measures
+
+    check_measures(measures or [])  # before models are loaded, which may take long
     where = directory(out, "diagnose")
     chosen = models or list(packaged())
-    names = _names(chosen)
+    names = tokens_of.names(chosen)
     loaded = {name: load(path).to(on) for name, path in zip(names, chosen, strict=True)}
     tokens, source = _tokens(loaded, dict(zip(names, chosen, strict=True)), text, token_ids, length, sequences)
-
-    from ssmlens.lens import MEASURES, diagnose
 
     diagnosis = diagnose(
         loaded, tokens, method="exact" if exact else "probes", probes=probes, at_initialisation=initial, transformer=transformer,
@@ -50,18 +53,6 @@ def _device(name: str) -> str:
     if not there[kind]:
         raise UserError(f"this machine has no {kind} that PyTorch can use; give --device auto or cpu")
     return name
-
-
-def _names(paths: list[str]) -> list[str]:
-    """Short names for the page: the last part of each path, numbered where two are alike."""
-    names: list[str] = []
-    for path in paths:
-        base = Path(path).resolve().name if Path(path).exists() else path
-        name, n = base, 2
-        while name in names:
-            name, n = f"{base} ({n})", n + 1
-        names.append(name)
-    return names
 
 
 def _tokens(
@@ -89,15 +80,17 @@ def _tokens(
     from ssmlens.tasks import corpus
 
     source = corpus.python_reference() if text is None else corpus.text_file(text, heldout=1.0)
-    tokenizers = {name: _tokenizer(name, model, paths[name]) for name, model in models.items()}
+    tokenizers = {
+        name: tokens_of.tokenizer(name, model, paths[name], "give --token-ids FILE") for name, model in models.items()
+    }
     held_out = "held-out part" if text is None else "all of it"
     what = {"name": source.name if text is None else text.name, "sha256": source.sha256, "python": source.python}
     if all(t is None for t in tokenizers.values()):
         return corpus.windows(source, length, sequences).tokens, {**what, "what": f"bytes, {held_out}"}
     if len({_vocabulary(t) for t in tokenizers.values()}) > 1:
         raise UserError("these models have different tokenizers; diagnose them one at a time, or give --token-ids")
-    tokenizer = next(iter(tokenizers.values()))
-    ids = tokenizer(bytes(source.heldout).decode("utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
+    encode = tokens_of.coder(next(iter(tokenizers.values()))).encode
+    ids = encode(bytes(source.heldout).decode("utf-8", errors="replace"))
     return _spread(ids, length, sequences, what["name"]), {
         **what,
         "what": f"tokens of the model's own tokenizer, {held_out}",
@@ -132,25 +125,6 @@ def _spread(ids: list[int], length: int, sequences: int, name: str) -> Any:
     count = min(sequences, len(ids) // length)
     starts = torch.linspace(0, len(ids) - length, count).long().tolist()
     return torch.stack([torch.tensor(ids[s : s + length]) for s in starts])
-
-
-def _tokenizer(name: str, model: Any, path: str) -> Any:
-    """The model's own tokenizer; None for a byte-level model (256 tokens). Raises UserError where it has neither."""
-    has_files = not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
-    if model.config.vocab_size == 256 and not any(Path(path).glob("tokenizer*")):
-        return None
-    if has_files:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as e:  # whatever transformers raises: there is no usable tokenizer
-            raise UserError(
-                f"{name}: its tokenizer cannot be loaded ({' '.join(str(e).split())[:200]}); give --token-ids FILE"
-            ) from e
-    raise UserError(
-        f"{name} has no tokenizer, and its {model.config.vocab_size} tokens are not bytes; give --token-ids FILE"
-    )
 
 
 def _vocabulary(tokenizer: Any) -> tuple[tuple[str, int], ...] | None:

@@ -164,9 +164,7 @@ def diagnose(
     if resume and out_dir is None:
         raise UserError("resume needs out_dir: the directory that holds what was finished")
     subjects = _subjects(models)
-    for name in measures:
-        if name not in MEASURES:
-            raise UserError(f"unknown measure {name!r}{nearest(name, list(MEASURES))} (known: {', '.join(MEASURES)})")
+    check_measures(measures)
     given = {s.name: s.tokens(inputs[s.name] if isinstance(inputs, Mapping) else inputs) for s in subjects}
     for s in subjects:
         if not s.is_causal(given[s.name]):
@@ -265,6 +263,13 @@ def _applying(d: Diagnosis, measures: Sequence[str]) -> list[tuple[str, Subject]
 
 def _words(jobs: Iterable[tuple[str, Subject]]) -> list[str]:
     return [f"{name} of {subject.name}" for name, subject in jobs]
+
+
+def check_measures(names: Iterable[str]) -> None:
+    """Raises UserError for a name that is not among MEASURES."""
+    for name in names:
+        if name not in MEASURES:
+            raise UserError(f"unknown measure {name!r}{nearest(name, list(MEASURES))} (known: {', '.join(MEASURES)})")
 
 
 def _subjects(models: Models) -> list[Subject]:
