@@ -12,6 +12,7 @@ from ssmlens.lens.comparison import comparisons, sign
 from ssmlens.lens.context import Context
 from ssmlens.lens.progress import Silent
 from ssmlens.lens.smoothing import Smoothing
+from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.results import Record
 
 from .models import hybrid, model, tokens
@@ -134,7 +135,8 @@ def test_one_sequence_claims_nothing():
     assert found.record().verdict[-1].endswith("bits per token on this one sequence.")
     assert {row[4] for t in found.tables() if t.id == "comparisons" for row in t.rows} == {None}
     both = diagnose({"one": model(), "two": model(1)}, tokens(1, 16), measures=["smoothing"]).record().verdict
-    assert all("this one sequence" in sentence for sentence in both[1:])
+    assert all("this one sequence" in sentence for sentence in both[1:-1])
+    assert both[-1].startswith("one and two have no state channel held")  # which is no measurement
 
 
 def test_comparisons_are_paired_where_the_sequences_are_the_same():
@@ -353,3 +355,26 @@ def test_a_transformer_of_the_same_size_beside_it():
     )
     assert not any(s.startswith("Depth") and beside.name in s for s in said), "nothing is said of the untrained alone"
     assert all(panel.group == "mamba" for m in found.maps() for panel in m.panels)
+
+
+def test_the_verdict_says_what_polarization_changed_or_would():
+    def built(polarization, **more):
+        torch.manual_seed(0)
+        fields = {"vocab_size": 20, "d_model": 16, "n_layers": 2, "mixer": "mamba"} | more
+        return LanguageModel(LanguageModelConfig(**fields, polarization=polarization))
+
+    x = torch.randint(0, 20, (4, 32), generator=torch.Generator().manual_seed(0))
+    both = {"plain": built(None), "polarized": built({"ones": 1, "zeros": 1})}
+    options = {"measures": ("influence", "smoothing"), "probes": 2}
+    first = diagnose(both, x, **options).verdict()[0]
+    assert first.startswith("What polarization changed, polarized against plain (one training of each): ")
+    assert "What polarization changed" not in " ".join(diagnose(both, x[:1], **options).verdict())
+    alone = diagnose({"plain": both["plain"]}, x, **options).verdict()[-1]
+    assert alone.startswith("plain has no state channel held at one or zero.")
+    said = " ".join(diagnose({"polarized": both["polarized"]}, x, **options).verdict())
+    assert "What polarization changed" not in said
+    assert "no state channel held" not in said
+    other = {"a": built(None, d_model=8), "polarized": both["polarized"]}  # they differ in more than that
+    assert "What polarization changed" not in " ".join(diagnose(other, x, **options).verdict())
+    attention = diagnose({"t": built(None, mixer="attention")}, x, **options).verdict()
+    assert "no state channel held" not in " ".join(attention)

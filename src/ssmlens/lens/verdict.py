@@ -36,13 +36,90 @@ def verdict(d: "Diagnosis", says: Mapping[str, Callable[[Any], str | None]]) -> 
         said.append(f"Interrupted: this is what was finished; not measured: {', '.join(d.missing)}.")
     if any(len(tokens) == 1 for tokens in d.inputs.values()):
         said.append("One sequence says nothing about chance: what follows holds for that sequence alone.")
+    said += _changed_by_polarization(d)
     said += [_longer(d.influence[a], d.influence[b], d.paired(a, b)) for a, b in d.pairs(d.influence)]
     for name, sentence_of in says.items():
         spoken = [sentence_of(r) for r in getattr(d, name).values() if r.name not in d.untrained]
         said += [sentence for sentence in spoken if sentence]
         if name == "smoothing":
             said += [_blurs_less(d.smoothing[a], d.smoothing[b], d.paired(a, b)) for a, b in d.pairs(d.smoothing)]
-    return said
+    return said + _would_be_polarized(d)
+
+
+def _pinned(d: "Diagnosis") -> dict[str, Any]:
+    """The polarization of each model that is not at initialisation, None where there is none."""
+    trained = [s for s in d.subjects if s.name not in d.untrained]
+    return {s.name: getattr(getattr(s.model, "config", None), "polarization", None) for s in trained}
+
+
+def _changed_by_polarization(d: "Diagnosis") -> list[str]:
+    """Of every polarized model beside its plain twin."""
+    pinned = _pinned(d)
+    trained = [s for s in d.subjects if s.name in pinned]
+    return [
+        _changed(d, plain.name, other.name)
+        for plain in trained
+        for other in trained
+        if pinned[other.name]
+        and not pinned[plain.name]
+        and _same_but_for_polarization(plain.model, other.model)
+        and len(d.inputs[plain.name]) > 1
+    ]
+
+
+def _would_be_polarized(d: "Diagnosis") -> list[str]:
+    """Where there is no polarized model: what it would mean for those that could be."""
+    pinned = _pinned(d)
+    if any(pinned.values()):
+        return []
+    trained = [s for s in d.subjects if s.name in pinned]
+    able = [
+        s.name for s in trained if s.recurrent and any(getattr(s.mixers[i], "polarizable", False) for i in s.recurrent)
+    ]
+    if not able:
+        return []
+    return [
+        f"{_and(able)} {'has' if len(able) == 1 else 'have'} no state channel held at one or zero. Polarized (`ssmlens polarize`), every layer would have one that "
+        "forgets nothing, so that Theorem 3.1 would no longer force it to forget, and one that sees the current token alone; what that is worth, "
+        "training it further has to show."
+    ]
+
+
+def _same_but_for_polarization(a: Any, b: Any) -> bool:
+    one, two = (getattr(m.config, "architecture", None) for m in (a, b))
+    if one is None or two is None:
+        return False
+    return bool(one.model_copy(update={"polarization": None}) == two.model_copy(update={"polarization": None}))
+
+
+def _changed(d: "Diagnosis", plain: str, polarized: str) -> str:
+    paired = d.paired(plain, polarized)
+    found: list[str] = []
+    if {plain, polarized} <= set(d.influence):
+        a, b = d.influence[plain].fit, d.influence[polarized].fit
+        slower = sign(decay.difference(a, b, paired=paired)) if a and b else None
+        found.append(
+            {1: "it forgets more slowly", -1: "it forgets faster"}.get(
+                slower or 0, "no difference in forgetting can be told"
+            )
+        )
+    if {plain, polarized} <= set(d.smoothing):
+        by = comparison.of_means(
+            d.smoothing[polarized].change_by_sequence(), d.smoothing[plain].change_by_sequence(), paired=paired
+        )
+        less = sign(by) if abs(by.value) >= MATTERS else 0
+        found.append(
+            {1: "it blurs less with depth", -1: "it blurs more with depth"}.get(
+                less or 0, "no difference in blurring can be told"
+            )
+        )
+    if not found:
+        return f"{plain} and {polarized} differ in polarization alone."
+    return f"What polarization changed, {polarized} against {plain} (one training of each): {', '.join(found)}."
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def forgetting(r: "Influence") -> str:
