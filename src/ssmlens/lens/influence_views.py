@@ -81,21 +81,26 @@ def layer_figure(results: Sequence["Influence"]) -> Figure | None:
     for r in results:
         if r.n_layers < 2:
             continue
-        lives = [(i, v) for i, fit in enumerate(r.layer_fits, 1) if fit and 0 < (v := fit.half_life) < math.inf]
-        contexts = [(i, v.value) for i, v in enumerate(r.layer_contexts, 1)]
-        lines: tuple[tuple[str, list[tuple[int, float]], Literal["line", "fit"]], ...] = (
+        found = [(i, decay.half_life_value(fit)) for i, fit in enumerate(r.layer_fits, 1)]
+        lives = [(i, v) for i, v in found if v is not None and 0 < v.value < math.inf]
+        lines: tuple[tuple[str, list[tuple[int, Value]], Literal["line", "fit"]], ...] = (
             ("half-life", lives, "line"),
-            ("effective context", contexts, "fit"),
+            ("effective context", list(enumerate(r.layer_contexts, 1)), "fit"),
         )
         for what, points, style in lines:
             if points:
-                x, y = [float(i) for i, _ in points], [v for _, v in points]
-                series.append(Series(name=f"{r.name}: {what}", x=x, y=y, group=r.name, style=style))
+                errors = [math.nan if v.stderr is None else v.stderr for _, v in points]
+                series.append(
+                    Series(
+                        name=f"{r.name}: {what}", x=[float(i) for i, _ in points], y=[v.value for _, v in points], group=r.name, style=style,
+                        stderr=None if all(map(math.isnan, errors)) else errors,
+                    )
+                )  # fmt: skip
     if not series:
         return None
     return Figure(
         id="influence-by-layer", title="From every layer to the output: how far back it reaches", x_label="layer whose input is changed", y_label="distance (tokens)",
-        y_scale="log", series=series, method=_method(results[0]),
+        y_scale="log", series=series, method=f"{_method(results[0])} A half-life's error is that of its rate to first order.",
         meaning="The output's dependence on what enters each layer: solid, over how many tokens it halves; thin, how many recent tokens hold 90 % of it. The first layer's "
         "input is the embedding. Where the last layers reach back as far as the first, they do the remembering; where only the first do, the model hands "
         "things up early.",
