@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
 from ssmlens.experiments import needle, needle_record, reader
+from ssmlens.lens.store import fingerprint
 from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.tasks.facts import FACTS
 from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
@@ -243,15 +244,15 @@ def test_a_model_that_answers_nan_is_named():
 
 def test_fingerprints_tell_the_order_of_weights_apart():
     model = small()
-    before = needle.fingerprint(model)
+    before = fingerprint(model)
     weight = model.backbone.embedding.weight
     weight.data = weight.data.flip(0)
-    assert needle.fingerprint(model) != before
+    assert fingerprint(model) != before
 
 
 def test_finished_cells_are_kept_and_not_measured_again(tmp_path):
     g, model, read = grid(), small(), []
-    identity = {"model": needle.fingerprint(model)}
+    identity = {"model": fingerprint(model)}
     store = needle.Store(tmp_path / "cells.json", identity)
     part = needle.measure_statements("m", model, g, decode, [700], [0.0, 0.5], store=store)
     store = needle.Store(tmp_path / "cells.json", identity, resume=True)

@@ -32,7 +32,7 @@ def as_ours(state):
 
 @pytest.mark.parametrize("reset_at", [None, 7])
 def test_agrees_with_transformers_recurrent_block(reset_at):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
 
     torch.manual_seed(0)

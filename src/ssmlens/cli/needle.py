@@ -76,6 +76,7 @@ def _statements(
     from ssmlens.cli import tokens
     from ssmlens.experiments import needle as n
     from ssmlens.experiments import needle_record
+    from ssmlens.lens.store import fingerprint
     from ssmlens.tasks import corpus
     from ssmlens.tasks.facts import FACTS
     from ssmlens.tasks.needle import Grid, Haystack
@@ -91,7 +92,7 @@ def _statements(
         )
     identity = {
         "text": source.sha256, "lengths": list(lengths), "depths": depths, "facts": len(FACTS),
-        "models": {name: n.fingerprint(model) for name, model in loaded.items()},
+        "models": {name: fingerprint(model) for name, model in loaded.items()},
     }  # fmt: skip
     store = n.Store(where / "cells.json", identity, resume)
     with _bar(shown, sum(n.work(grid, lengths, depths) for grid in grids.values())) as advance:
@@ -118,6 +119,7 @@ def _synthetic(
 ) -> Any:  # fmt: skip
     from ssmlens.experiments import needle as n
     from ssmlens.experiments import needle_record
+    from ssmlens.lens.store import fingerprint
     from ssmlens.tasks.needle import NeedleConfig, NeedleStream
 
     config = NeedleConfig.of({k: v for k, v in data.items() if k != "task"}, "data.json")
@@ -125,7 +127,7 @@ def _synthetic(
     chosen = lengths or (*sorted(config.lengths), 2 * config.length, 4 * config.length)
     identity = {
         "data": config.model_dump(mode="json"), "lengths": list(chosen), "depths": depths, "prompts": prompts,
-        "models": {name: n.fingerprint(model) for name, model in loaded.items()},
+        "models": {name: fingerprint(model) for name, model in loaded.items()},
     }  # fmt: skip
     store = n.Store(where / "cells.json", identity, resume)
     with _bar(shown, len(loaded) * len(depths) * prompts * sum(chosen)) as advance:

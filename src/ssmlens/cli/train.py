@@ -76,7 +76,7 @@ def run(
         "model": model.config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed,
     }  # fmt: skip
     if start is not None:
-        from ssmlens.experiments.needle import fingerprint
+        from ssmlens.lens.store import fingerprint
 
         identity |= {"start": fingerprint(model), "only_polarized": only_polarized}
     groups = model.parameter_groups(settings.weight_decay, config.weight_decay_groups)

@@ -11,7 +11,6 @@ are read in pieces with the state carried on, so time, not memory, bounds the le
 Every cell (model, length, depth) is on disk when it is done; with `resume` it is not measured again.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ssmlens import files
@@ -284,12 +282,3 @@ class Store:
             return
         self._cells[key] = {"right": scores.right, "generated": scores.generated, "margin": scores.margin}
         files.write(self.path, json.dumps({"identity": self.identity, "cells": self._cells}) + "\n")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of the weights: another model under the same name must not be taken for this one."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
