@@ -25,8 +25,8 @@ from ssmlens.errors import UserError
 
 _CELL = re.compile(r"/maps/\d+/panels/\d+/(values|stderr)/")
 
-SCHEMA_VERSION = 2
-READS = (1, 2)  # 2 added maps; a file of 1 is a record without any
+SCHEMA_VERSION = 3
+READS = (1, 2, 3)  # 2 added maps, 3 links; an older file is a record without any
 
 
 class _Part(BaseModel):
@@ -176,6 +176,20 @@ class Map(_Part):
         return self
 
 
+class Link(_Part):
+    """Another page of the same run. href: where it lies, relative to this record."""
+
+    title: str
+    href: str
+
+    @field_validator("href")
+    @classmethod
+    def _beside(cls, href: str) -> str:
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", href):
+            raise ValueError(f"{href!r} is not a relative path")
+        return href
+
+
 class Provenance(_Part):
     ssmlens: str
     python: str
@@ -202,6 +216,7 @@ class Record(_Part):
     tables: list[Table] = Field(default_factory=list)
     figures: list[Figure] = Field(default_factory=list)
     maps: list[Map] = Field(default_factory=list)
+    links: list[Link] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     config: dict[str, Any] = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=list)
@@ -230,7 +245,7 @@ class Record(_Part):
         if tree["schema_version"] not in READS:
             raise UserError(
                 f"results file has schema version {tree['schema_version']}, this ssmlens reads "
-                f"{' and '.join(map(str, READS))}; use the ssmlens that wrote it"
+                f"{READS[0]} to {READS[-1]}; use the ssmlens that wrote it"
             )
         nonfinite = tree.pop("nonfinite", None) or {}
         if not isinstance(nonfinite, dict) or any(name not in ("inf", "-inf", "nan") for name in nonfinite.values()):

@@ -24,14 +24,14 @@ def test_the_paper_scale_is_the_papers():
     assert (scale.length, scale.vocab_size, scale.d_model, scale.batch_size, scale.epochs) == (1024, 8192, 128, 128, 64)
     assert set(scale.lr.values()) == set(scale.released_lr.values()) == {1e-3}
     assert scale.pairs == (64, 128, 256)
-    released = recall.data(scale, "released", 0)
+    released = recall.data(scale, recall.VARIANTS["released"], 0)
     assert [(s.length, s.pairs, s.examples) for s in released.train][:2] == [(64, 4, 100_000), (128, 8, 20_000)]
     assert released.order == "released"
-    corrected = recall.data(scale, "corrected", 0)
+    corrected = recall.data(scale, recall.VARIANTS["corrected"], 0)
     assert len(corrected.train) == 15
     assert {s.length for s in corrected.train} == {64, 128, 256, 512, 1024}
     assert not corrected.on_the_fly
-    training = recall.training(scale, "released", 2, 0, 2500)
+    training = recall.training(scale, recall.VARIANTS["released"], 2, 0, 2500)
     assert (training.steps, training.schedule, training.early_stop, training.early_stop_on) == (
         64 * 2500,
         "cosine_epoch",
@@ -40,22 +40,26 @@ def test_the_paper_scale_is_the_papers():
     )
 
 
-@pytest.mark.parametrize("variant", recall.VARIANTS)
-def test_what_a_variant_changes(variant):
+@pytest.mark.parametrize("name", recall.VARIANTS)
+def test_what_a_variant_changes(name):
+    variant = recall.VARIANTS[name]
     scale = recall.SCALES["laptop"]
     both = next(c for c in recall.CONFIGURATIONS if c.id == "both-2")
     torch.manual_seed(0)
     mixer = LanguageModel(recall.model(scale, both, variant)).backbone.blocks[0].mixer
     dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
     assert mixer.d_state == 18
-    if variant == "released":
+    if name == "released":
         assert torch.allclose(dt, torch.full_like(dt, math.log(2)))
         assert (mixer.A()[:, -1] == -100).all()
     else:
         assert torch.isneginf(mixer.A()[:, -1]).all()
-        low, high = (0.001, 0.1) if variant == "corrected" else (0.016, 0.8)
+        low, high = (0.001, 0.1) if name == "corrected" else (0.016, 0.8)
         assert 0.9 * low < dt.min() < dt.max() < 1.1 * high
-    assert recall.training(scale, variant, 2, 0, 10).early_stop == (0.99 if variant == "released" else None)
+    training = recall.training(scale, variant, 2, 0, 10)
+    assert training.early_stop_on == ("released" if name == "released" else "validation")
+    paper = recall.training(recall.SCALES["paper"], variant, 2, 0, 10)
+    assert paper.early_stop == (0.99 if name == "released" else None)
 
 
 def test_smoke_runs_resumes_and_repeats(tmp_path):

@@ -34,6 +34,17 @@ def test_released_initialisation_starts_the_slowest_channel_at_one_half():
     assert 0.0095 < m.out_proj.weight.std() < 0.0105  # 0.02 / sqrt(2 · 2)
 
 
+def test_the_released_initialisation_comes_apart_into_two_halves():
+    dt, weights = (
+        mixers.build("mamba", 256, initialization=f"released_{half}", n_residuals=2) for half in ("dt", "weights")
+    )
+    assert not dt.dt_proj.bias.any()
+    assert dt.in_proj.weight.std() > 0.03
+    assert 0.019 < weights.in_proj.weight.std() < 0.021
+    steps = F.softplus(weights.dt_proj.bias)
+    assert 0.0009 < steps.min() < 0.01 < steps.max() < 0.11
+
+
 def test_append_and_replace():
     append = mixers.build("mamba", 8, polarization=Polarization())
     replace = mixers.build("mamba", 8, polarization=Polarization(mode="replace"))

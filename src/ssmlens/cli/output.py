@@ -20,15 +20,22 @@ def finish(record: Record, out: Path, json: bool) -> None:
     """Write everything into `out`; print the record alone (json) or a summary and the page to open."""
     from rich.console import Console
 
-    from ssmlens import report
-    from ssmlens.report import plots, terminal
+    from ssmlens.report import terminal
 
-    record.write(out / "results.json")
-    plots.save_all(record, out)
-    page = report.write([record], out / "report.html")
+    page = write(record, out)
     if json:
         sys.stdout.write(record.to_json())
         return
     console = Console()
     terminal.show(record, console)
     console.print(f"\nOpen the page: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write(record: Record, out: Path) -> Path:
+    """results.json, pictures and report.html into `out`; returns the page."""
+    from ssmlens import report
+    from ssmlens.report import plots
+
+    record.write(out / "results.json")
+    plots.save_all(record, out)
+    return report.write([record], out / "report.html")

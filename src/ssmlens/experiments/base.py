@@ -3,19 +3,22 @@
 An experiment is a function from a Request to a Record; its configurations are plain functions too."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ssmlens.errors import UserError, nearest
-from ssmlens.results import Record
+from ssmlens.results import Column, Record, Table, Value
 
 SCALES = ("smoke", "laptop", "paper")
 
 
 @dataclass(frozen=True)
 class Request:
-    """How an item is to be run. variants, seeds: None for the scale's own. processes: runs at a time."""
+    """How an item is to be run. variants, seeds: None for the scale's own. processes: runs at a time.
+
+    data: what to read instead of the item's own text or images: paths with commas between, or `datasets:NAME` of the hub.
+    models: trained models to measure instead of the scale's own: directories, packaged checkpoints or hub ids."""
 
     scale: str
     out: Path
@@ -24,16 +27,91 @@ class Request:
     resume: bool = False
     processes: int = 1
     progress: bool = True
+    data: str | None = None
+    models: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Item:
+    """aliases: other names that it answers to. takes: which of the options "data" and "model" it has a use for.
+    group: the item whose runs it shares, where all are run."""
+
     name: str
     title: str
     source: str
     scales: tuple[str, ...]
     variants: tuple[str, ...]
     run: Callable[[Request], Record]
+    aliases: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    group: str | None = None
+
+
+Outcome = Literal["agrees", "differs", "undecided", "not comparable"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that the paper says, and what was found. paper, ours: a number or a shape, in words.
+
+    value, stderr, n: the number that `outcome` was decided by. why: one sentence."""
+
+    item: str
+    claim: str
+    paper: str
+    ours: str
+    outcome: Outcome
+    why: str
+    value: float | None = None
+    stderr: float | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.outcome not in get_args(Outcome):
+            raise ValueError(f"outcome {self.outcome!r} is none of {', '.join(get_args(Outcome))}")
+
+
+def side(value: Value, above: bool = True, of: float = 0.0) -> Outcome:
+    """Whether the 95 % interval of `value` lies wholly above (or below) `of`, as claimed: agrees; on the other side: differs; on
+    both, or without an interval: undecided."""
+    interval = value.interval()
+    if interval is None:
+        return "undecided"
+    low, high = interval
+    if low > of or high < of:
+        return "agrees" if (low > of) == above else "differs"
+    return "undecided"
+
+
+def claims_config(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """For `config["claims"]` of the record, from which a page over all items is made."""
+    return [asdict(claim) for claim in claims]
+
+
+def claims_verdict(claims: Sequence[Claim], smoke: bool = False) -> list[str]:
+    """How many of the paper's statements hold here, then each of them with what was found."""
+    if smoke:
+        return ["Smoke scale: this shows that every part runs. Nothing is measured that would mean anything."]
+    counts = {outcome: sum(c.outcome == outcome for c in claims) for outcome in get_args(Outcome)}
+    words = ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
+    return [
+        f"Of {len(claims)} statements held against the paper: {words}.",
+        *(f"{c.claim} Here: {c.ours}: {c.outcome}." for c in claims),
+    ]
+
+
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """The record's first table."""
+    names = ("item", "outcome", "the paper says", "paper", "here", "why", "decided by")
+    rows: list[list[Any]] = [
+        [c.item, c.outcome, c.claim, c.paper, c.ours, c.why, None if c.value is None else Value(value=c.value, stderr=c.stderr, n=c.n)]
+        for c in claims
+    ]  # fmt: skip
+    return Table(
+        id="claims", title="Beside the paper", columns=[Column(name=n) for n in names], rows=rows,
+        meaning="Agrees or differs: the whole 95 % interval lies on the side that the paper claims, or on the other. Undecided: on both.",
+        method="Every interval by itself: of twenty that hold nothing, one is expected to look like something.",
+    )  # fmt: skip
 
 
 def choose(kind: str, name: str, known: Mapping[str, Any] | Sequence[str]) -> None:

@@ -38,7 +38,8 @@ class MambaConfig(MixerConfig):
     dt_min, dt_max: Δ begins log-uniform between them.
     bcdt_norm: RMS norm of B, C and the low-rank Δ: "plain" (FalconMamba) or "weighted" (Jamba). bcdt_eps: inside its root.
     initialization: "authors", or "released": what the paper's released code runs, whose initialiser zeroes every linear bias, Δ's
-    among them, so that Δ ≈ 0.69 everywhere, and draws linear weights from N(0, 0.02²) (SPEC.md §4)."""
+    among them, so that Δ ≈ 0.69 everywhere, and draws linear weights from N(0, 0.02²) (SPEC.md §4); "released_dt" and
+    "released_weights": only the one half of it, and only the other."""
 
     d_state: int = Field(default=16, ge=1)
     d_conv: int = Field(default=4, ge=1)
@@ -51,7 +52,7 @@ class MambaConfig(MixerConfig):
     bias: bool = False
     bcdt_norm: Literal["none", "plain", "weighted"] = "none"
     bcdt_eps: float = Field(default=1e-6, gt=0)
-    initialization: Literal["authors", "released"] = "authors"
+    initialization: Literal["authors", "released", "released_dt", "released_weights"] = "authors"
 
     @model_validator(mode="after")
     def _ordered(self) -> "MambaConfig":
@@ -115,8 +116,9 @@ class Mamba(Mixer):
     def reset_parameters(self) -> None:
         """Every parameter, from torch's global generator. Source: Gu and Dao 2023, Section 3.6 and Appendix; SPEC.md §4."""
         c = self.config
+        small = c.initialization in ("released", "released_weights")
         for linear in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj):
-            if c.initialization == "released":
+            if small:
                 nn.init.normal_(linear.weight, std=0.02)
             else:
                 nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))  # U(±1/√fan_in), a linear layer's default
@@ -126,11 +128,12 @@ class Mamba(Mixer):
         nn.init.uniform_(self.conv_weight, -bound, bound)
         if self.conv_bias is not None:
             nn.init.uniform_(self.conv_bias, -bound, bound)
-        if c.initialization == "released":
+        if small:
             nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(2 * c.n_residuals))
         else:
             self.out_proj.weight /= math.sqrt(c.n_residuals)
             nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        if c.initialization in ("authors", "released_weights"):
             initial_steps(self.dt_proj.bias, c.dt_min, c.dt_max, c.dt_floor)
         # S4D-real: A = -1 .. -N. "replace" gives up the slowest for the ones and the fastest for the zeros.
         first = 1 + (self.polarization.ones if self.polarization and self.polarization.mode == "replace" else 0)

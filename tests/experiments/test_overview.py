@@ -1,0 +1,108 @@
+from dataclasses import asdict
+
+import pytest
+from typer.testing import CliRunner
+
+from ssmlens.cli.app import app
+from ssmlens.errors import UserError
+from ssmlens.experiments import ITEMS, overview
+from ssmlens.experiments.base import Claim, Item
+from ssmlens.results import Record, provenance
+
+
+def _record(name, claims=()):
+    return Record(
+        kind="reproduce",
+        title=f"Title of {name}",
+        config={"claims": [asdict(c) for c in claims]},
+        seeds=[1],
+        provenance=provenance(),
+    )
+
+
+def _claim(outcome):
+    return Claim(
+        item="Table 9",
+        claim="It forgets.",
+        paper="yes",
+        ours="0.5",
+        outcome=outcome,
+        why="measured",
+        value=0.5,
+        stderr=0.1,
+        n=3,
+    )
+
+
+def test_claims_are_gathered_and_counted():
+    records = {
+        "a": _record("a", [_claim("agrees"), _claim("differs")]),
+        "b": _record("b", [_claim("agrees")]),
+        "c": _record("c"),
+    }
+    made = overview.record("laptop", records, {"d": "no images"})
+    assert made.verdict[0] == "1 of the items could not be run: d."
+    assert "Agrees: 2 of 3 statements of the paper." in made.verdict
+    assert [link.href for link in made.links] == ["a/report.html", "b/report.html", "c/report.html"]
+    assert not made.complete
+    claims, items = made.tables
+    assert len(claims.rows) == 3
+    assert [row[:4] for row in items.rows] == [
+        ["a", "Title of a", 1, 1], ["b", "Title of b", 1, 0], ["c", "Title of c", 0, 0], ["d", "missing", None, None],
+    ]  # fmt: skip
+    assert Record.from_json(made.to_json()) == made
+
+
+@pytest.fixture
+def two_items(monkeypatch):
+    """One item that runs, one that lacks its images, one that shares the first one's runs."""
+    asked = []
+
+    def works(request):
+        asked.append(request)
+        return _record("first", [_claim("undecided")])
+
+    def lacks(request):
+        asked.append(request)
+        if request.data is None:
+            raise UserError("name the images with --data")
+        return _record("second")
+
+    items = {
+        "first": Item("first", "t", "s", ("smoke", "laptop"), (), works),
+        "second": Item("second", "t", "s", ("smoke", "laptop"), (), lacks, takes=("data",)),
+        "third": Item("third", "t", "s", ("smoke", "laptop"), (), works, group="first"),
+    }
+    ITEMS_before = dict(ITEMS)
+    ITEMS.clear()
+    ITEMS.update(items)
+    yield asked
+    ITEMS.clear()
+    ITEMS.update(ITEMS_before)
+
+
+def test_all_runs_what_it_can_and_says_what_it_could_not(two_items, tmp_path):
+    done = CliRunner().invoke(app, ["reproduce", "all", "--out", str(tmp_path), "--processes", "0"])
+    assert done.exit_code != 0
+    assert "name the images with --data" in str(done.exception)
+    for name in ("first", "third", "."):
+        assert (tmp_path / name / "report.html").exists()
+        assert (tmp_path / name / "results.json").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert 'href="first/report.html"' in page
+    assert [r.out.name for r in two_items] == ["first", "second", "first"]
+    assert [r.resume for r in two_items] == [False, False, True], "the third goes on in the first one's directory"
+
+
+def test_data_goes_to_its_item(two_items, tmp_path):
+    given = ["reproduce", "all", "--out", str(tmp_path), "--processes", "0", "--data", "second=a/b.tar"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert [r.data for r in two_items] == [None, "a/b.tar", None]
+    for wrong, message in (
+        ("a/b.tar", "which it is for"),
+        ("first=x", "has its own data"),
+        ("secnd=x", "did you mean 'second'"),
+    ):
+        refused = CliRunner().invoke(app, [*given[:-1], wrong])
+        assert refused.exit_code != 0
+        assert message in str(refused.exception)
