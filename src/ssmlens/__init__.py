@@ -13,6 +13,8 @@ _HOME = {
     "Coefficients": "ssmlens.recurrence",
     "LanguageModel": "ssmlens.models",
     "LanguageModelConfig": "ssmlens.models",
+    "Classifier": "ssmlens.models",
+    "ClassifierConfig": "ssmlens.models",
     "load": "ssmlens.models.pretrained",
     "polarize": "ssmlens.models.retrofit",
     "diagnose": "ssmlens.lens",

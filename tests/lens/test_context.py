@@ -114,3 +114,28 @@ def test_large_models_are_asked_at_fewer_positions(monkeypatch):
     found = context.measure(m, x)
     assert found.positions == 8
     assert found.widths.max() == 64
+
+
+def test_short_windows_of_a_mamba2_hybrid_are_not_padded_to_its_chunk(monkeypatch):
+    """The loss is the same, the model as it was, and no window was read in chunks longer than itself."""
+    import contextlib
+
+    import transformers
+
+    torch.manual_seed(0)
+    hybrid = transformers.FalconH1ForCausalLM(
+        transformers.FalconH1Config(
+            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            mamba_n_heads=2, mamba_d_head=8, mamba_d_ssm=16, mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=64,
+        )
+    ).eval()  # fmt: skip
+    layer = next(m for m in hybrid.modules() if hasattr(m, "A_log"))
+    seen = []
+    layer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(m.chunk_size), with_kwargs=True)
+    inputs = torch.randint(20, (2, 40))
+    found = context.measure(hybrid, inputs, positions=3)
+    assert (set(seen), layer.chunk_size) == ({64, 1, 2, 4, 8, 16}, 64)
+    monkeypatch.setattr(context, "_chunks", lambda model, width: contextlib.nullcontext())
+    whole = context.measure(hybrid, inputs, positions=3)
+    np.testing.assert_allclose(found.loss, whole.loss, rtol=1e-5)
+    np.testing.assert_allclose(found.cut, whole.cut, rtol=1e-5)

@@ -34,7 +34,7 @@ def pair():
 def test_everything_is_measured_for_everyone(pair):
     names = ["default", "polarized", "default (at initialisation)", "polarized (at initialisation)"]
     for measure in MEASURES:
-        assert list(getattr(pair, measure)) == names
+        assert list(getattr(pair, measure)) == (names if measure != "reading" else [])  # which is for classifiers
     assert pair.complete
     assert pair.pairs(pair.influence) == [
         ("default", "polarized"), ("default (at initialisation)", "default"), ("polarized (at initialisation)", "polarized"),

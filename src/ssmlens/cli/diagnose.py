@@ -10,17 +10,20 @@ from ssmlens.errors import UserError
 
 
 def run(
-    models: list[str], text: Path | None, token_ids: Path | None, length: int, sequences: int, probes: int, exact: bool,
-    initial: bool, transformer: bool, measures: list[str] | None, seed: int, device: str, resume: bool, out: Path | None, json: bool,
+    models: list[str], text: Path | None, token_ids: Path | None, images: str | None, inputs: Path | None, length: int, sequences: int,
+    probes: int, exact: bool, initial: bool, transformer: bool, measures: list[str] | None, seed: int, device: str, resume: bool,
+    out: Path | None, json: bool,
 ) -> None:  # fmt: skip
+    from ssmlens.cli import devices
     from ssmlens.cli.output import directory, finish
     from ssmlens.models.pretrained import load, packaged
 
-    if text is not None and token_ids is not None:
-        raise UserError("give --text or --token-ids, not both")
+    sources = {"--text": text, "--token-ids": token_ids, "--images": images, "--inputs": inputs}
+    if len(given := [name for name, value in sources.items() if value is not None]) > 1:
+        raise UserError(f"give one of {' and '.join(given)}, not both")
     if not models and not packaged():
         raise UserError("this installation has no packaged checkpoints; name a model")
-    on = _device(device)
+    on = devices.chosen(device)
     from ssmlens.lens import MEASURES, diagnose
     from ssmlens.lens.diagnosis import check_measures
 
@@ -29,30 +32,90 @@ def run(
     chosen = models or list(packaged())
     names = tokens_of.names(chosen)
     loaded = {name: load(path).to(on) for name, path in zip(names, chosen, strict=True)}
-    tokens, source = _tokens(loaded, dict(zip(names, chosen, strict=True)), text, token_ids, length, sequences)
+    _same_kind(loaded, images is not None or inputs is not None)
+    if images is not None:
+        read, source = _images(loaded, images, sequences)
+    elif inputs is not None:
+        read, source = _vectors(inputs, sequences)
+    else:
+        read, source = _tokens(loaded, dict(zip(names, chosen, strict=True)), text, token_ids, length, sequences)
+    kind = "images" if images is not None else "inputs" if inputs is not None else "text"
 
     diagnosis = diagnose(
-        loaded, tokens, method="exact" if exact else "probes", probes=probes, at_initialisation=initial, transformer=transformer,
-        measures=measures or list(MEASURES), seed=seed, progress=True, out_dir=where, resume=resume, config={"text": source}, notes=[f"Text: {source['name']}, {source['what']}."],
+        loaded, read, method="exact" if exact else "probes", probes=probes, at_initialisation=initial, transformer=transformer,
+        measures=measures or list(MEASURES), seed=seed, progress=True, out_dir=where, resume=resume, config={kind: source},
+        notes=[f"{kind.capitalize()}: {source['name']}, {source['what']}.", *_averaged(loaded)],
     )  # fmt: skip
     finish(diagnosis.record(), where, json)
     if not diagnosis.complete:
         raise KeyboardInterrupt
 
 
-def _device(name: str) -> str:
-    """auto: CUDA, else Apple's MPS, else the CPU. Raises UserError for what is not there."""
-    import torch
+def _same_kind(models: dict[str, Any], vectors: bool) -> None:
+    """Raises UserError for classifiers without vectors to read, and for others with them."""
+    from ssmlens.lens import Subject
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(kind for kind, is_there in there.items() if is_there)
-    kind = name.partition(":")[0]
-    if kind not in there:
-        raise UserError(f"unknown device {name!r}: give auto, cpu, cuda or mps")
-    if not there[kind]:
-        raise UserError(f"this machine has no {kind} that PyTorch can use; give --device auto or cpu")
-    return name
+    for name, model in models.items():
+        reads = Subject(name, model).access.vectors
+        if reads and not vectors:
+            raise UserError(f"{name} reads vectors and no text: give --images SOURCE or --inputs FILE")
+        if vectors and not reads:
+            raise UserError(
+                f"{name} reads tokens: --images and --inputs are for classifiers, give --text or --token-ids"
+            )
+
+
+def _averaged(models: dict[str, Any]) -> list[str]:
+    """What influence is of, for a model whose last hidden state is one of many that it reads."""
+    named = [
+        name for name, model in models.items() if getattr(getattr(model, "config", None), "pooling", None) == "mean"
+    ]
+    if not named:
+        return []
+    return [
+        f"{', '.join(named)}: the answer is read off the mean over all hidden states. Influence is that on the last hidden state, as in models without a mean; "
+        "what moves the answer is measured under its own name (reading)."
+    ]
+
+
+def _images(models: dict[str, Any], source: str, sequences: int) -> tuple[Any, dict[str, Any]]:
+    """Test images, as many of each class as of the others, in [0, 1]."""
+    from ssmlens.tasks.images import balanced_order, read, to_unit
+
+    found = read(source)
+    for name, model in models.items():
+        wanted = getattr(getattr(model, "config", model), "d_input", found.channels)
+        if wanted != found.channels:
+            raise UserError(f"{name} reads {wanted} numbers a pixel, {source} has {found.channels}")
+    pixels = found.test.pixels[balanced_order(found.test.labels)[:sequences]]
+    what = f"{len(pixels)} test images of {found.height} × {found.width} pixels, row by row; a token is a pixel"
+    return to_unit(pixels), {"name": found.name, "sha256": found.sha256, "what": what}
+
+
+def _vectors(file: Path, sequences: int) -> tuple[Any, dict[str, Any]]:
+    """Floats (batch, length, d_input) of a .npy or .safetensors file, evenly spaced ones of the batch. Raises UserError."""
+    import numpy as np
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            if len(tensors) != 1 and "inputs" not in tensors:
+                raise UserError(f"{file} holds {len(tensors)} tensors, and none is named inputs")
+            x = tensors.get("inputs", next(iter(tensors.values())))
+        else:
+            x = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SafetensorError) as e:
+        raise UserError(
+            f"cannot read {file}: {getattr(e, 'strerror', None) or e}; give a .npy or .safetensors file of floats"
+        ) from None
+    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.dtype.kind != "f" or not len(x):
+        raise UserError(f"{file} must hold floats of shape (batch, length, d_input)")
+    rows = np.linspace(0, len(x) - 1, min(sequences, len(x))).astype(int)
+    what = f"{len(rows)} of {len(x)} sequences of {x.shape[1]} vectors; a token is a vector"
+    return torch.from_numpy(np.ascontiguousarray(x[rows])), {"name": file.name, "what": what}
 
 
 def _tokens(

@@ -2,6 +2,7 @@
 
     from ssmlens.lens import influence, smoothing, transitions, context, bounds, filters, hidden_attention, diagnose
     influence.measure(model, tokens)         how much each token moves the output, by its distance
+    reading.measure(model, inputs)           which inputs move a classifier's answer
     context.measure(model, tokens)           what the distant context is worth in bits per token
     smoothing.measure(model, tokens)         how different a sequence's tokens still are, layer by layer
     transitions.measure(model, tokens)       what each layer's a_t are, how far they move, how long they remember
@@ -14,13 +15,13 @@ Every result has figures(), tables(), maps() and plot(), and shows itself in a n
 language model, or a `Subject` made by hand.
 """
 
-from ssmlens.lens import bounds, context, filters, hidden_attention, influence, smoothing, transitions
+from ssmlens.lens import bounds, context, filters, hidden_attention, influence, reading, smoothing, transitions
 from ssmlens.lens.diagnosis import Diagnosis, diagnose
 from ssmlens.lens.measures import MEASURES
 from ssmlens.lens.progress import Bars, Progress
 from ssmlens.lens.subject import Access, Subject
 
 __all__ = [
-    "MEASURES", "Access", "Bars", "Diagnosis", "Progress", "Subject", "bounds", "context", "diagnose", "filters", "hidden_attention", "influence",
+    "MEASURES", "Access", "Bars", "Diagnosis", "Progress", "Subject", "bounds", "context", "diagnose", "filters", "hidden_attention", "influence", "reading",
     "smoothing", "transitions",
 ]  # fmt: skip

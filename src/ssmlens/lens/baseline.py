@@ -8,6 +8,7 @@ The same width and vocabulary; as many layers as come nearest with ratio 4, and 
 from typing import Any
 
 import torch
+from torch import nn
 
 from ssmlens.errors import UserError
 from ssmlens.lens.subject import Subject
@@ -17,11 +18,12 @@ _HEAD = 64
 
 def transformer_like(subject: Subject, seed: int) -> Subject:
     """Named "transformer (at initialisation)". Raises UserError where the model does not say how wide it is."""
-    from ssmlens.models import LanguageModel, LanguageModelConfig
+    from ssmlens.models import Classifier, ClassifierConfig, LanguageModel, LanguageModelConfig
 
     config: Any = getattr(subject.model, "config", None)
     width, vocab_size = getattr(config, "hidden_size", None), getattr(config, "vocab_size", None)
-    if not isinstance(width, int) or not isinstance(vocab_size, int) or not subject.blocks:
+    classifier = isinstance(subject.model, Classifier)
+    if not isinstance(width, int) or not (isinstance(vocab_size, int) or classifier) or not subject.blocks:
         raise UserError(
             f"{subject.name} does not say its width and vocabulary: a transformer of its size cannot be built"
         )
@@ -33,9 +35,18 @@ def transformer_like(subject: Subject, seed: int) -> Subject:
         heads -= 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LanguageModel(
-            LanguageModelConfig(
-                vocab_size=vocab_size, d_model=width, n_layers=layers, mixer="attention", mixer_config={"n_heads": heads}, mlp="gelu", mlp_ratio=ratio
-            )
-        )  # fmt: skip
-    return Subject("transformer (at initialisation)", model.to(subject.device, subject.dtype))
+        stack = {
+            "d_model": width,
+            "n_layers": layers,
+            "mixer": "attention",
+            "mixer_config": {"n_heads": heads},
+            "mlp": "gelu",
+            "mlp_ratio": ratio,
+        }
+        if classifier:
+            same = {k: getattr(config, k) for k in ("d_input", "n_classes", "pooling", "mean", "std")}
+            model: nn.Module = Classifier(ClassifierConfig(**same, **stack))
+        else:
+            model = LanguageModel(LanguageModelConfig(vocab_size=vocab_size, **stack))
+    made = Subject("transformer (at initialisation)", model.to(subject.device, subject.dtype))
+    return made.shares_vectors_of(subject)

@@ -11,7 +11,8 @@ second half counts, whose tokens see between W/2 and W tokens (W: `distant`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -152,7 +153,8 @@ def _cut(subject: Subject, tokens: Int[Tensor, " length"], width: int) -> Float[
     out = np.full(length - 1, math.nan)  # every place is filled
     for some in torch.tensor(starts).split(max(1, _TOKENS_AT_ONCE // width)):
         at = (some[:, None] + torch.arange(width)).clamp_max(length - 1).to(tokens.device)
-        hidden = subject.run(subject.embed(tokens[at]))
+        with _chunks(subject.model, width):
+            hidden = subject.run(subject.embed(tokens[at]))
         for row, start in enumerate(some.tolist()):
             first = 0 if start == 0 else width - step
             stop = min(width, length - 1 - start)
@@ -163,10 +165,28 @@ def _cut(subject: Subject, tokens: Int[Tensor, " length"], width: int) -> Float[
 
 def _window_loss(subject: Subject, windows: Int[Tensor, "m width"], wanted: Int[Tensor, " m"]) -> Float[Array, " m"]:
     parts = []
-    for rows in torch.arange(len(windows)).split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        parts.append(_bits(subject, subject.run(subject.embed(windows[part]))[:, -1], wanted[part]))
+    with _chunks(subject.model, windows.shape[1]):
+        for rows in torch.arange(len(windows)).split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            parts.append(_bits(subject, subject.run(subject.embed(windows[part]))[:, -1], wanted[part]))
     return np.concatenate(parts)
+
+
+@contextmanager
+def _chunks(model: nn.Module, width: int) -> Iterator[None]:
+    """No chunk longer than `width`, which leaves what is computed as it is: transformers' Mamba-2 layers pad every window to a whole chunk,
+    of 256 tokens, with its square in memory."""
+    longer = [
+        m for m in model.modules() if hasattr(m, "A_log") and isinstance(n := getattr(m, "chunk_size", None), int) and n > width
+    ]  # fmt: skip
+    sizes = [m.chunk_size for m in longer]
+    try:
+        for m in longer:
+            setattr(m, "chunk_size", width)  # noqa: B010  (no attribute that a type checker knows)
+        yield
+    finally:
+        for m, size in zip(longer, sizes, strict=True):
+            setattr(m, "chunk_size", size)  # noqa: B010
 
 
 def _bits(subject: Subject, hidden: Float[Tensor, "m d_hidden"], wanted: Int[Tensor, " m"]) -> Float[Array, " m"]:

@@ -30,6 +30,7 @@ from ssmlens.lens.influence import Influence
 from ssmlens.lens.measures import MEASURES, Settings
 from ssmlens.lens.notebook import Shown, draw
 from ssmlens.lens.progress import Bars, Progress, Silent
+from ssmlens.lens.reading import Reading
 from ssmlens.lens.smoothing import Smoothing
 from ssmlens.lens.store import Store, fingerprint, of_tensor
 from ssmlens.lens.subject import Subject
@@ -42,7 +43,12 @@ if TYPE_CHECKING:
 
 Models = nn.Module | Subject | Sequence[nn.Module | Subject] | Mapping[str, nn.Module | Subject]
 _SELDOM = 10  # times as long as writing the record takes lie between two of them
-_FIRST = ("influence", "loss-by-context", "loss-by-position")  # what influence does to behaviour belongs beside it
+_FIRST = (
+    "influence",
+    "reading",
+    "loss-by-context",
+    "loss-by-position",
+)  # what influence does to behaviour belongs beside it
 
 
 @dataclass(eq=False)
@@ -57,6 +63,7 @@ class Diagnosis(Shown):
     inputs: dict[str, Tensor] = field(repr=False)
     influence: dict[str, Influence] = field(default_factory=dict)
     context: dict[str, Context] = field(default_factory=dict)
+    reading: dict[str, Reading] = field(default_factory=dict)
     smoothing: dict[str, Smoothing] = field(default_factory=dict)
     transitions: dict[str, Transitions] = field(default_factory=dict)
     bounds: dict[str, Bounds] = field(default_factory=dict)
@@ -245,7 +252,8 @@ def _applying(d: Diagnosis, measures: Sequence[str]) -> list[tuple[str, Subject]
     for name, measure in MEASURES.items():
         for subject in d.subjects if name in measures else ():
             if why := measure.refuses(subject, d.inputs[subject.name].shape[1]):
-                refused.setdefault(subject.name, {}).setdefault(why, []).append(name.replace("_", " "))
+                if not measure.by_name or set(measures) != set(MEASURES):
+                    refused.setdefault(subject.name, {}).setdefault(why, []).append(name.replace("_", " "))
                 continue
             jobs.append((name, subject))
             if measure.partly and 0 < len(subject.recurrent) < len(subject.blocks):

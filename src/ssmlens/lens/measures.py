@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ssmlens.lens import bounds, context, filters, hidden_attention, influence, smoothing, transitions, verdict
+from ssmlens.lens import (
+    bounds,
+    context,
+    filters,
+    hidden_attention,
+    influence,
+    reading,
+    smoothing,
+    transitions,
+    verdict,
+)
 from ssmlens.lens.layers import large
 from ssmlens.lens.progress import Progress
 from ssmlens.lens.subject import Subject
@@ -36,7 +46,8 @@ Run = Callable[[Subject, Tensor, Settings, Progress], Any]
 @dataclass(frozen=True)
 class Measure:
     """refuses(subject, length): why it means nothing for a model, or None. partly: what of it was measured in the recurrent layers alone, where
-    not all are. says: a sentence about one model. figures, tables, maps: of the results of several."""
+    not all are. says: a sentence about one model. figures, tables, maps: of the results of several. by_name: that it is
+    refused is only said where it was asked for by name."""
 
     run: Run
     figures: Callable[[Sequence[Any]], list[Figure]]
@@ -45,6 +56,7 @@ class Measure:
     maps: Callable[[Sequence[Any]], list[Map]] = lambda results: []
     refuses: Callable[[Subject, int], str | None] = lambda subject, length: None
     partly: str | None = None
+    by_name: bool = False
 
 
 def _not_recurrent(subject: Subject, length: int) -> str | None:
@@ -52,6 +64,12 @@ def _not_recurrent(subject: Subject, length: int) -> str | None:
         return None
     ours = any(hasattr(mixer, "coefficients") for mixer in subject.mixers)
     return "none of its layers has a diagonal transition" if ours else "it does not show its transitions"
+
+
+def _no_next_token(subject: Subject, length: int) -> str | None:
+    if subject.access.read:
+        return "it predicts no next token"
+    return None if subject.has_head else "it has no head"
 
 
 def _no_filter(subject: Subject, length: int) -> str | None:
@@ -71,7 +89,12 @@ MEASURES: dict[str, Measure] = {
     "context": Measure(
         lambda subject, tokens, s, progress: context.measure(subject, tokens, seed=s.seed, progress=progress),
         context.figures, lambda results: [context.table(results)], verdict.behaviour,
-        refuses=lambda subject, length: None if subject.has_head else "it has no head",
+        refuses=_no_next_token,
+    ),
+    "reading": Measure(
+        lambda subject, tokens, s, progress: reading.measure(subject, tokens, seed=s.seed, batch_size=s.batch_size, progress=progress),
+        reading.figures, lambda results: [reading.table(results)], reading.says, maps=reading.maps,
+        refuses=lambda subject, length: None if subject.access.read else "it answers at every token and not once for all", by_name=True,
     ),
     "smoothing": Measure(
         lambda subject, tokens, s, progress: smoothing.measure(subject, tokens, exact_up_to=s.exact_up_to, seed=s.seed, progress=progress),

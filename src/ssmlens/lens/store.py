@@ -29,6 +29,7 @@ from ssmlens.lens import (
     floor,
     hidden_attention,
     influence,
+    reading,
     smoothing,
     theorems,
     transitions,
@@ -38,7 +39,7 @@ _KNOWN = {
     f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}": cls
     for cls in (
         bounds.Layer, bounds.Bounds, context.Context, cost.Cost, decay.Fit, filters.Invariant, filters.Response, filters.Filters, floor.Floor,
-        hidden_attention.HiddenAttention, influence.Influence, smoothing.Smoothing, theorems.Inequality, theorems.Products, transitions.Layer,
+        hidden_attention.HiddenAttention, influence.Influence, reading.Reading, smoothing.Smoothing, theorems.Inequality, theorems.Products, transitions.Layer,
         transitions.Transitions,
     )
 }  # fmt: skip

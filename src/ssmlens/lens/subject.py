@@ -1,16 +1,20 @@
-"""A model under the lens: embed tokens, run embeddings to the last hidden state, look inside every block.
+"""A model under the lens: embed tokens (or vectors), run embeddings to the last hidden state, look inside every block.
 
 The measurements need no more than this of a model, so that ssmlens' own models, transformers' causal language models and a hand-made
 system in a test all look the same to them. Nothing here changes a model: `still` puts back every flag that it touched.
+
+Vectors, pixels say, are numbered: to the measurements they are tokens of a vocabulary of their own, whose table the subject holds. A class
+token that a model puts behind its inputs is one more.
 
 Legend: batch sequences, length tokens, d_model width of embeddings and hidden states, vocab output tokens.
 """
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from ssmlens.errors import UserError
 
 _REMEMBERED = 2**29  # bytes
+_SHORTEST = 4  # vectors
 _FEW, _ROUNDED = 12, 100  # tokens; resolutions of the dtype by which rounding may change an output (FFTs do)
 
 
@@ -26,14 +31,27 @@ _FEW, _ROUNDED = 12, 100  # tokens; resolutions of the dtype by which rounding m
 class Access:
     """Where things are in one kind of model; every function takes the model first, so that a copy of it can be measured too.
 
-    run: embeddings → the last hidden state, after the final norm, before the head. head: that → logits.
-    blocks: the blocks in order. mixer: what mixes time in one of them, or None."""
+    run: embeddings → the last hidden state, after the final norm, before the head. head: that → logits at every token.
+    blocks: the blocks in order. mixer: what mixes time in one of them, or None.
 
-    embed: Callable[[Any, Int[Tensor, "batch length"]], Float[Tensor, "batch length d_model"]]
+    vectors: embed takes floats (batch, length, d_input) instead of tokens. tail: how many vectors of its own it puts behind them (a class token).
+    read: last hidden states → the answer of a model that gives one for a whole sequence (batch, outputs), a classifier's logits."""
+
+    embed: Callable[[Any, Tensor], Float[Tensor, "batch length d_model"]]
     run: Callable[[Any, Float[Tensor, "batch length d_model"]], Float[Tensor, "batch length d_hidden"]]
     head: Callable[[Any, Tensor], Tensor] | None = None
     blocks: Callable[[Any], list[nn.Module]] = lambda model: []
     mixer: Callable[[Any], nn.Module | None] = lambda block: getattr(block, "mixer", None)
+    vectors: bool = False
+    tail: Callable[[Any], int] = lambda model: 0
+    read: Callable[[Any, Tensor], Tensor] | None = None
+
+
+class _Vectors(NamedTuple):
+    """The vector of token first + i is values[i]; every token beyond them stands for one that the model adds itself."""
+
+    values: Float[Tensor, "rows d_input"]
+    first: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class BlockPass:
 
 
 class Subject:
-    """`Subject(name, model)` for a ssmlens LanguageModel or a transformers causal language model; anything else needs `access`.
+    """`Subject(name, model)` for a ssmlens LanguageModel or Classifier or a transformers causal language model; anything else needs `access`.
 
     Raises UserError for a model that it does not know how to run."""
 
@@ -64,6 +82,7 @@ class Subject:
         self.blocks = self.access.blocks(model)
         self.mixers = [self.access.mixer(block) for block in self.blocks]
         self._passes: dict[bytes, list[BlockPass]] | None = None
+        self._vectors: _Vectors | None = None
 
     @classmethod
     def of(cls, model: "nn.Module | Subject", name: str = "model") -> "Subject":
@@ -91,8 +110,16 @@ class Subject:
     def has_head(self) -> bool:
         return self.access.head is not None
 
+    @property
+    def tail(self) -> int:
+        """Tokens that the model itself puts behind its inputs."""
+        return self.access.tail(self.model)
+
     def tokens(self, inputs: Any, shortest: int = 8) -> Int[Tensor, "batch length"]:
-        """Token sequences of equal length, checked against the vocabulary and put on the model's device. Raises UserError."""
+        """Token sequences of equal length, checked against the vocabulary and put on the model's device; of vectors (batch, length, d_input) their
+        numbers, and those of the model's own class token. Raises UserError."""
+        if self.access.vectors:
+            return self._numbers(inputs)
         try:
             tokens = torch.as_tensor(inputs)
         except (TypeError, ValueError, RuntimeError) as e:
@@ -121,8 +148,43 @@ class Subject:
             )
         return tokens.to(self.device, torch.long)
 
+    def _numbers(self, inputs: Any) -> Int[Tensor, "batch length"]:
+        wanted = "vectors of shape (sequences, length, d_input)"
+        try:
+            x = torch.as_tensor(inputs)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{self.name} reads {wanted}: {e}") from None
+        if x.ndim == 2 and not x.is_floating_point() and self._vectors is not None:
+            return x.to(self.device)  # numbers that it gave itself
+        if x.ndim != 3 or not x.is_floating_point() or x.shape[0] < 1 or x.shape[1] < _SHORTEST:
+            raise UserError(f"{self.name} reads {wanted}, {_SHORTEST} of them at least, not {x.dtype} {tuple(x.shape)}")
+        of = getattr(self.model, "config", self.model)
+        for dim, name in ((1, "length"), (2, "d_input")):
+            number = getattr(of, name, None)
+            if isinstance(number, int) and x.shape[dim] != number:
+                raise UserError(f"{self.name} has {name} {number}, the inputs have {x.shape[dim]}: {tuple(x.shape)}")
+        if not bool(torch.isfinite(x).all()):
+            raise UserError(f"the inputs of {self.name} hold NaN or infinity")
+        rows = x.detach().cpu().contiguous().flatten(0, 1)
+        # numbers that differ where the vectors do, so that whoever compares tokens compares vectors
+        first = int(hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12], 16)
+        self._vectors = _Vectors(
+            rows.to(self.device, torch.float32 if self.device.type == "mps" else rows.dtype), first
+        )
+        numbers = first + torch.arange(len(rows), device=self.device).view(x.shape[:2])
+        return torch.cat([numbers, numbers.new_full((len(x), self.tail), first + len(rows))], 1)
+
+    def shares_vectors_of(self, other: "Subject") -> "Subject":
+        """The same numbers stand for the same vectors in both."""
+        self._vectors = other._vectors
+        return self
+
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
-        return self.access.embed(self.model, tokens)
+        if self._vectors is None:
+            return self.access.embed(self.model, tokens)
+        values, first = self._vectors
+        given = tokens[:, : int((tokens[0] < first + len(values)).sum())]
+        return self.access.embed(self.model, values[given - first].to(self.dtype))[:, : tokens.shape[1]]
 
     def run(self, embeddings: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_hidden"]:
         return self.access.run(self.model, embeddings)
@@ -131,6 +193,12 @@ class Subject:
         if self.access.head is None:
             raise UserError(f"{self.name} has no head: measure its hidden state instead of its logits")
         return self.access.head(self.model, hidden)
+
+    def read(self, hidden: Float[Tensor, "batch length d_hidden"]) -> Float[Tensor, "batch outputs"]:
+        """The one answer to a whole sequence. Raises UserError for a model that has an answer at every token."""
+        if self.access.read is None:
+            raise UserError(f"{self.name} gives no single answer to a sequence: it is no classifier")
+        return self.access.read(self.model, hidden)
 
     def is_causal(self, tokens: Int[Tensor, "batch length"]) -> bool:
         """Whether earlier outputs stay as they are when the last of a few tokens changes."""
@@ -198,7 +266,8 @@ class Subject:
 
     def in_double(self) -> "Subject":
         """A float64 copy, to see what float32 loses."""
-        return Subject(f"{self.name} (float64)", copy.deepcopy(self.model).double(), self.access)
+        twin = Subject(f"{self.name} (float64)", copy.deepcopy(self.model).double(), self.access)
+        return twin.shares_vectors_of(self)
 
     def at_initialisation(self, seed: int) -> "Subject":
         """The same configuration with fresh parameters. Raises UserError where the model has no configuration to build from."""
@@ -208,7 +277,8 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh: nn.Module = type(self.model)(copy.deepcopy(config))
-        return Subject(f"{self.name} (at initialisation)", fresh.to(self.device, self.dtype), self.access)
+        made = Subject(f"{self.name} (at initialisation)", fresh.to(self.device, self.dtype), self.access)
+        return made.shares_vectors_of(self)
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -231,6 +301,10 @@ def _access(model: Any) -> Access:
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module) and hasattr(backbone, "blocks") and hasattr(backbone, "embedding"):
         return _OWN
+    if isinstance(getattr(backbone, "blocks", None), nn.ModuleList) and hasattr(model, "pool"):
+        return _CLASSIFIER
+    if type(model).__name__ == "CryptoMamba":
+        return _CRYPTOMAMBA
     base = getattr(model, "base_model", None)
     if (
         callable(getattr(model, "get_input_embeddings", None))
@@ -284,6 +358,22 @@ _OWN = Access(
     run=_own_run,
     head=lambda model, hidden: model.head(hidden),
     blocks=lambda model: list(model.backbone.blocks),
+)
+_CLASSIFIER = Access(
+    embed=lambda model, inputs: model.embed(inputs),
+    run=_own_run,
+    blocks=lambda model: list(model.backbone.blocks),
+    vectors=True,
+    tail=lambda model: int(model.config.pooling == "class_token"),
+    read=lambda model, hidden: model.head(model.pool(hidden)),
+)
+_CRYPTOMAMBA = Access(
+    embed=lambda model, inputs: inputs,
+    run=lambda model, x: model.run(x),
+    blocks=lambda model: list(model.blocks),
+    mixer=lambda step: step.block.mixer,
+    vectors=True,
+    read=lambda model, hidden: model.read(hidden),
 )
 _TRANSFORMERS = Access(
     embed=lambda model, tokens: model.get_input_embeddings()(tokens),

@@ -74,7 +74,9 @@ def _would_be_polarized(d: "Diagnosis") -> list[str]:
         return []
     trained = [s for s in d.subjects if s.name in pinned]
     able = [
-        s.name for s in trained if s.recurrent and any(getattr(s.mixers[i], "polarizable", False) for i in s.recurrent)
+        s.name
+        for s in trained
+        if not s.access.read and s.recurrent and any(getattr(s.mixers[i], "polarizable", False) for i in s.recurrent)
     ]
     if not able:
         return []
@@ -127,7 +129,12 @@ def forgetting(r: "Influence") -> str:
     recent = f"90 % of the squared influence{where} comes from the last {_count(r.effective_context)} of {r.squares.shape[1]}"
     fit = r.fit
     if fit is None:
-        return f"{r.name} forgets within a few tokens: beyond them its influence is numerical noise. {recent}."
+        alone = (
+            ""
+            if (r.score[1:] > r.floor.value).any()
+            else " No token but the last moves it: what mixes tokens does nothing."
+        )
+        return f"{r.name} forgets within a few tokens: beyond them its influence is numerical noise. {recent}.{alone}"
     low, high = fit.half_life_interval
     if fit.low <= 0:
         bound = "" if math.isinf(low) else f" (if it halves at all, then not within {_tokens(low)})"

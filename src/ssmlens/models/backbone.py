@@ -1,4 +1,4 @@
-"""block = norm + mixer + residual (+ norm + MLP + residual); backbone = embedding + blocks + norm.
+"""block = norm + mixer + residual (+ norm + MLP + residual); stack = blocks + norm; backbone = token embedding + stack.
 
 x: (batch, length, d_model), the residual stream; a state for every block."""
 
@@ -8,14 +8,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ssmlens.errors import UserError
 from ssmlens.mixers import Mixer
 from ssmlens.models.parts import MLP, BlockState, ChannelMix, Embedding, norm
 
+NormPosition = Literal["pre", "post"]
 SEGMENT = 1 << 14  # tokens (times batch) that go through all blocks at once where no gradient is wanted
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then, with an MLP, x + mlp(mlp_norm(x)); parallel: x + mixer(norm(x)) + mlp(mlp_norm(x))."""
+    """x + mixer(norm(x)), then, with an MLP, x + mlp(mlp_norm(x)); parallel: x + mixer(norm(x)) + mlp(mlp_norm(x)).
+    position "post": norm(x + mixer(x)), then mlp_norm(x + mlp(x)). dropout: of what mixer and MLP add."""
 
     def __init__(
         self,
@@ -25,13 +28,19 @@ class Block(nn.Module):
         *,
         norm_kind: Literal["rms", "layer"] = "rms",
         parallel: bool = False,
+        position: NormPosition = "pre",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if parallel and position == "post":
+            raise UserError('a block whose MLP is parallel to its mixer has its norms before them: norm_position "pre"')
         self.norm = norm(norm_kind, mixer.d_model, norm_eps)
         self.mixer = mixer
         self.mlp_norm = norm(norm_kind, mixer.d_model, norm_eps) if mlp else None
         self.mlp = mlp
         self.parallel = parallel
+        self.position = position
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
         self,
@@ -44,42 +53,37 @@ class Block(nn.Module):
         last: Tensor | None = None
         if isinstance(state, BlockState):
             state, last = state
-        y, state = self.mixer(self.norm(x), state, mask=mask, reset=reset)
+        pre = self.position == "pre"
+        y, state = self.mixer(self.norm(x) if pre else x, state, mask=mask, reset=reset)
+        y = self.dropout(y)
+        if not pre:
+            x, y = self.norm(x + y), None
         if self.mlp is None or self.mlp_norm is None:
-            return x + y, state
-        seen = self.mlp_norm(x if self.parallel else x + y)
+            return x if y is None else x + y, state
+        if y is not None and not self.parallel:
+            x, y = x + y, None
+        seen = self.mlp_norm(x) if pre else x
         if isinstance(self.mlp, ChannelMix):
             z, last = self.mlp(seen, last, mask=mask, reset=reset)
             state = BlockState(state, last)
         else:
             z = self.mlp(seen)
-        return x + y + z, state
+        z = x + self.dropout(z) if y is None else x + y + self.dropout(z)
+        return z if pre else self.mlp_norm(z), state
 
 
-class Backbone(nn.Module):
-    """Embedding, blocks, final norm. forward takes embeddings, so that influence can be measured from them; `embedding` makes them.
-    They are multiplied by embedding_scale, and normalised where embedding_norm, before the first block."""
+class Stack(nn.Module):
+    """Blocks and a final norm (none where blocks end in one), from embeddings to hidden states."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        blocks: list[Block],
-        norm_eps: float,
-        *,
-        norm_kind: Literal["rms", "layer"] = "rms",
-        embedding_scale: float = 1.0,
-        embedding_norm: bool = False,
-    ) -> None:
+    def __init__(self, blocks: list[Block], norm_eps: float, *, norm_kind: Literal["rms", "layer"] = "rms") -> None:
         super().__init__()
-        d_model = blocks[0].mixer.d_model
-        self.embedding: nn.Embedding = Embedding(vocab_size, d_model)
-        self.embedding_scale = embedding_scale
-        self.embedding_norm = norm(norm_kind, d_model, norm_eps) if embedding_norm else None
         self.blocks = nn.ModuleList(blocks)
-        self.norm = norm(norm_kind, d_model, norm_eps)
+        post = blocks[-1].position == "post"
+        self.norm = nn.Identity() if post else norm(norm_kind, blocks[0].mixer.d_model, norm_eps)
 
-    def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
-        return self.embedding(tokens)
+    def enter(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
+        """What happens to embeddings before the first block."""
+        return x
 
     def forward(
         self,
@@ -96,10 +100,7 @@ class Backbone(nn.Module):
         if not torch.is_grad_enabled() and x.shape[1] > segment:
             return self._in_segments(segment, x, states, mask, reset, keep)
         before = states if states is not None else [None] * len(self.blocks)
-        if self.embedding_scale != 1:
-            x = x * self.embedding_scale
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
+        x = self.enter(x)
         after: list[Any] = []
         kept: list[Tensor] = []
         for block, state in zip(self.blocks, before, strict=True):
@@ -123,3 +124,32 @@ class Backbone(nn.Module):
                 kept.append(stream)
         assert states is not None
         return hidden, states, tuple(torch.cat(parts, 1) for parts in zip(*kept, strict=True)) if keep else None
+
+
+class Backbone(Stack):
+    """Embedding, blocks, final norm. forward takes embeddings, so that influence can be measured from them; `embedding` makes them.
+    They are multiplied by embedding_scale, and normalised where embedding_norm, before the first block."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        blocks: list[Block],
+        norm_eps: float,
+        *,
+        norm_kind: Literal["rms", "layer"] = "rms",
+        embedding_scale: float = 1.0,
+        embedding_norm: bool = False,
+    ) -> None:
+        super().__init__(blocks, norm_eps, norm_kind=norm_kind)
+        d_model = blocks[0].mixer.d_model
+        self.embedding: nn.Embedding = Embedding(vocab_size, d_model)
+        self.embedding_scale = embedding_scale
+        self.embedding_norm = norm(norm_kind, d_model, norm_eps) if embedding_norm else None
+
+    def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
+        return self.embedding(tokens)
+
+    def enter(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch length d_model"]:
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        return x if self.embedding_norm is None else self.embedding_norm(x)

@@ -6,138 +6,47 @@ Its cache holds one state for every block, of constant size: generation costs th
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
-from ssmlens import mixers
-from ssmlens.configuration import Config
-from ssmlens.errors import UserError
-from ssmlens.mixers import Mixer
-from ssmlens.models.backbone import Backbone, Block
-from ssmlens.models.parts import MLP, ChannelMix, Embedding, MLPKind, RMSNorm, map_state, tensors
-from ssmlens.polarization import Polarization
+from ssmlens.models.architecture import Envelope, StackConfig, StackModel
+from ssmlens.models.backbone import Backbone
+from ssmlens.models.parts import map_state, tensors
 from ssmlens.targets import IGNORED
 
 
-class Architecture(Config):
-    """What a language model is. mixer: a name of `ssmlens.mixers.names()`, or a list of names that is repeated until every layer has
-    one (a hybrid). mixer_config: the keys of the mixer's configuration; in a hybrid, these by name: {"attention": {"heads": 4}}.
-    polarization: of every mixer that can be polarized. mlp: after each mixer, of hidden width mlp_ratio · d_model; parallel: beside it.
-    embedding_scale, embedding_norm: before the first block. logit_cap: logits become cap · tanh(logits / cap)."""
+class Architecture(StackConfig):
+    """What a language model is: a stack (see StackConfig) between embedding and head. embedding_scale, embedding_norm: before the first
+    block. logit_cap: logits become cap · tanh(logits / cap)."""
 
     vocab_size: int = Field(default=256, ge=1)
-    d_model: int = Field(default=64, ge=1)
-    n_layers: int = Field(default=2, ge=1, le=1000)
-    mixer: str | tuple[str, ...] = "mamba"
-    mixer_config: dict[str, Any] = Field(default_factory=dict)
-    polarization: Polarization | None = None
-    mlp: MLPKind = "none"
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    mlp_bias: bool = False
-    parallel: bool = False
-    norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = Field(default=1e-5, gt=0)
     embedding_scale: float = Field(default=1.0, gt=0)
     embedding_norm: bool = False
     tie_word_embeddings: bool = True
     logit_cap: float | None = Field(default=None, gt=0)
 
-    @model_validator(mode="after")
-    def _has_mixers(self) -> "Architecture":
-        if not self.mixer:
-            raise ValueError("mixer names no mixer")
-        if isinstance(self.mixer, tuple):
-            unknown = [name for name in self.mixer_config if name not in self.mixer]
-            if unknown:
-                raise ValueError(
-                    f"mixer_config of a hybrid is {{mixer: its keys}}; {unknown[0]!r} is not among its mixers"
-                )
-        return self
 
-    @property
-    def n_residuals(self) -> int:
-        return self.n_layers * (1 if self.mlp == "none" else 2)
-
-    def mixers(self) -> list[str]:
-        """The mixer's name, layer by layer."""
-        pattern = (self.mixer,) if isinstance(self.mixer, str) else self.mixer
-        return [pattern[i % len(pattern)] for i in range(self.n_layers)]
-
-    def complete(self) -> dict[str, Any]:
-        """mixer_config with every default spelled out. Raises UserError for unknown mixers and keys."""
-
-        def of(name: str, given: dict[str, Any]) -> dict[str, Any]:
-            return mixers.configure(name, {"n_residuals": self.n_residuals, **given}).model_dump(mode="json")
-
-        if isinstance(self.mixer, str):
-            return of(self.mixer, self.mixer_config)
-        return {name: of(name, self.mixer_config.get(name, {})) for name in dict.fromkeys(self.mixer)}
-
-    def build_blocks(self) -> list[Block]:
-        """Raises UserError where polarization is asked for and no mixer can have it."""
-        names, given = self.mixers(), self.complete()
-        if self.polarization and not any(mixers.polarizable(name) for name in names):
-            raise UserError(f"polarization is asked for, but {', '.join(dict.fromkeys(names))} cannot be polarized")
-        blocks = []
-        for i, name in enumerate(names):
-            config = given if isinstance(self.mixer, str) else given[name]
-            mixer = mixers.build(
-                name, self.d_model, polarization=self.polarization if mixers.polarizable(name) else None,
-                **config | mixers.place(name, i, self.n_layers),
-            )  # fmt: skip
-            blocks.append(Block(mixer, self.norm_eps, self._mlp(i), norm_kind=self.norm, parallel=self.parallel))
-        return blocks
-
-    def _mlp(self, layer: int) -> MLP | ChannelMix | None:
-        width = max(1, round(self.mlp_ratio * self.d_model))
-        if self.mlp == "none":
-            return None
-        if self.mlp == "channel_mix":
-            return ChannelMix(self.d_model, width, layer, self.n_layers)
-        return MLP(self.d_model, self.mlp, width, self.n_residuals, self.mlp_bias)
-
-
-# What transformers itself writes into a config.json; anything else that is not a field of Architecture is an error.
-_TRANSFORMERS_KEYS = set(PreTrainedConfig().to_dict()) | {
-    "architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "use_cache", "name_or_path", "_name_or_path",
-    "attn_implementation", "return_dict", "output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
-
-
-class LanguageModelConfig(PreTrainedConfig):
-    """transformers' envelope around `Architecture`, whose fields are its attributes. Unknown keys raise UserError."""
+class LanguageModelConfig(Envelope):
+    """transformers' envelope around `Architecture`."""
 
     model_type = "ssmlens"
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers"}  # noqa: RUF012
+    wraps = Architecture
 
-    def __init__(self, **fields: Any) -> None:
-        theirs = {k: fields.pop(k) for k in list(fields) if k in _TRANSFORMERS_KEYS - set(Architecture.model_fields)}
-        theirs.pop("model_type", None)
-        architecture = Architecture.of(fields, "model configuration")
-        for name, value in architecture.model_dump(mode="json").items():
-            setattr(self, name, value)
-        self.mixer_config = architecture.complete()
-        super().__init__(**theirs)
+    def __init__(self, **fields: Any) -> None:  # without one, transformers would write another
+        super().__init__(**fields)
 
     @property
     def architecture(self) -> Architecture:
-        return Architecture.of({name: getattr(self, name) for name in Architecture.model_fields}, "model configuration")
-
-    def to_dict(self) -> dict[str, Any]:
-        theirs = ("architectures", "dtype", "model_type", "transformers_version", *Architecture.model_fields)
-        return {k: v for k, v in super().to_dict().items() if k in theirs}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Everything of ours is saved, defaults too: a checkpoint must not change when a default does."""
-        return self.to_dict()
+        found: Architecture = self._unwrapped()
+        return found
 
 
 class StateCache:
@@ -186,14 +95,12 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(z.float(), t, reduction="sum") for z, t in blocks]).sum()
 
 
-class LanguageModel(PreTrainedModel, GenerationMixin):
+class LanguageModel(StackModel, GenerationMixin):
     config_class = LanguageModelConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
-    _no_split_modules = ["Block"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
     _is_stateful = True  # the cache cannot be rolled back: no assisted decoding
-    supports_gradient_checkpointing = False
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config)
@@ -204,31 +111,6 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
         )  # fmt: skip
         self.lm_head = nn.Linear(architecture.d_model, architecture.vocab_size, bias=False)
         self.post_init()
-
-    def initialize_weights(self) -> None:
-        """Module by module, each as a whole. transformers' own walk asks whether a module's direct parameters came from the checkpoint, and
-        so would leave a missing linear layer inside a mixer as memory happened to be."""
-        for module in self.modules():
-            self._init_weights(module)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Each module initialises itself; transformers' own scheme would overwrite what a mixer sets up, biases first of all.
-        What a checkpoint has already filled stays."""
-        if (
-            not isinstance(module, Mixer | MLP | ChannelMix | RMSNorm | nn.LayerNorm | Embedding)
-            and module is not self.lm_head
-        ):
-            return
-        own = [*module.parameters(), *module.buffers()]
-        loaded = [(p, p.clone()) for p in own if getattr(p, "_is_hf_initialized", False)]
-        if len(loaded) == len(own):
-            return
-        module.reset_parameters()
-        for p, value in loaded:
-            p.copy_(value)
-        for p in own:
-            p._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark, so that a second call leaves it alone
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -317,26 +199,6 @@ class LanguageModel(PreTrainedModel, GenerationMixin):
                 "past_key_values let it cover the earlier tokens too"
             )
         return mask[:, -length:]
-
-    def parameter_groups(
-        self, weight_decay: float, variant: Literal["corrected", "released"] = "corrected"
-    ) -> list[dict[str, Any]]:
-        """AdamW's groups. "corrected" exempts what the mixers declare (Mamba: A_log, D) and every vector (biases, norms);
-        "released" decays everything, as the paper's released code does."""
-        exempt = {
-            id(module.get_parameter(name))
-            for module in self.modules()
-            if isinstance(module, Mixer)
-            for name in module.no_weight_decay()
-        }
-        decay: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for p in self.parameters():
-            if p.requires_grad:
-                free = variant == "corrected" and (id(p) in exempt or p.dim() < 2)
-                (rest if free else decay).append(p)
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return [g for g in groups if g["params"]]
 
 
 AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig)

@@ -1,4 +1,4 @@
-"""What a block holds beside its mixer: norms, the MLP, RWKV's channel mixing; and the embedding.
+"""What a block holds beside its mixer: norms, the MLP, RWKV's channel mixing; and the embeddings of tokens and of numbers.
 
 x: (batch, length, d_model)   d_hidden: width inside an MLP"""
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssmlens import ops
+from ssmlens.errors import UserError
 from ssmlens.mixers import heads
 
 MLPKind = Literal["none", "gelu", "swiglu", "geglu", "channel_mix"]
@@ -44,6 +45,43 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
+
+
+class PixelEmbedding(nn.Module):
+    """Numbers to vectors: W (x - mean) / std + b; behind them a learned class token, if class_token; plus a learned vector for each of
+    so many `positions` (the class token's included), if there are any. mean, std: of every channel, or one for all; empty: 0 and 1."""
+
+    def __init__(
+        self, d_input: int, d_model: int, *, class_token: bool, positions: int | None, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.mean, self.std = mean, std
+        self.linear = nn.Linear(d_input, d_model)
+        self.class_token = nn.Parameter(torch.empty(d_model)) if class_token else None
+        self.positions = nn.Parameter(torch.empty(positions, d_model)) if positions else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A linear layer's default; class token and positions N(0, 0.02²)."""
+        self.linear.reset_parameters()
+        for p in (self.class_token, self.positions):
+            if p is not None:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, x: Float[Tensor, "batch length d_input"]) -> Float[Tensor, "batch tokens d_model"]:
+        """tokens: length, and one more with a class token. Raises UserError for more of them than positions."""
+        if self.mean:
+            x = x - x.new_tensor(self.mean)
+        if self.std:
+            x = x / x.new_tensor(self.std)
+        x = self.linear(x)
+        if self.class_token is not None:
+            x = torch.cat([x, self.class_token.expand(x.shape[0], 1, -1)], 1)
+        if self.positions is None:
+            return x
+        if x.shape[1] > len(self.positions):
+            raise UserError(f"the model has {len(self.positions)} positions, the input {x.shape[1]} tokens")
+        return x + self.positions[: x.shape[1]]
 
 
 class MLP(nn.Module):

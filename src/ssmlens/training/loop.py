@@ -51,7 +51,7 @@ def train(
 ) -> TrainResult:
     """Trains `model` in place on stream.batch(0), stream.batch(1), ...
 
-    model: model(input_ids=tokens, targets=targets) returns .loss, the mean over the targets, and .n_correct
+    model: model(tokens, targets=targets) returns .loss, the mean over the targets, and .n_correct
     evaluate: from the model (in evaluation mode, without gradients) to named numbers, `accuracy` for an early stop
     optimizer_groups: AdamW groups; None for `default_groups`
     identity: JSON-able; whatever else must be the same on resume (the configuration of model and data)
@@ -247,7 +247,7 @@ class _Run:
             wait = self.accelerator.no_sync(self.prepared)
         with wait:
             with self._precision():
-                output = self.prepared(input_ids=piece.tokens, targets=piece.targets)
+                output = self.prepared(piece.tokens, targets=piece.targets)
             loss: Tensor = output.loss
             (loss if piece.weight == 1.0 else loss * piece.weight).backward()
         return loss.detach(), output.n_correct, piece.n_targets

@@ -15,11 +15,13 @@ from torch import nn
 
 import ssmlens.models  # noqa: F401  (makes transformers know our model_type)
 from ssmlens.errors import UserError, nearest
-from ssmlens.models.pretrained import originals
+from ssmlens.models.classifier import Classifier, ClassifierConfig
+from ssmlens.models.pretrained import originals, pickled
 from ssmlens.models.pretrained.families import FAMILIES, Unsupported, convert
 
 __all__ = ["FAMILIES", "Unsupported", "convert", "load", "packaged"]
 
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Causal masks and angles that old checkpoints of GPT-NeoX, GPT-2 and Llama hold beside the weights.
 MASKS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
@@ -31,11 +33,11 @@ def packaged() -> dict[str, Path]:
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
-    """A model from a local directory, the name of a packaged checkpoint, a hub id, an RWKV .pth or a .gguf file; in eval mode, float32.
+    """A model from a local directory, the name of a packaged checkpoint, a hub id, a .pth or .ckpt (`pickled`) or a .gguf file; in eval mode, float32.
 
-    Ours (`model_type: ssmlens`) and the families of `FAMILIES`, in transformers' format or their authors', come back as a `LanguageModel`,
-    other causal language models as transformers' own class. No code of a checkpoint is run: safetensors, GGUF, and pickles read with
-    `weights_only=True`. Raises UserError, naming the path, for what cannot be loaded whole."""
+    Ours (a `LanguageModel`, or a `Classifier`) and the families of `FAMILIES`, in transformers' format or their authors', come back as a `LanguageModel`,
+    other causal language models as transformers' own class. No code of a checkpoint is run: safetensors first, GGUF, and pickles
+    (pytorch_model.bin) read with `weights_only=True`. Raises UserError, naming the path, for what cannot be loaded whole."""
     name = os.fspath(path)
     local = packaged().get(name, Path(name))
     try:
@@ -50,15 +52,15 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         _no_code(_config(local), name)
         _inspect(local)
         source = str(local)
-    elif exists and local.suffix == ".pth":
-        return _finite(name, originals.load_rwkv(local)).eval()
+    elif exists and local.suffix in pickled.SUFFIXES:
+        return _finite(name, pickled.load_pickled(local)).eval()
     elif exists and local.suffix == ".gguf":
         source, options = str(local.parent), {"gguf_file": local.name}
         if importlib.util.find_spec("gguf") is None:
             raise UserError(f"{name} is a GGUF file, which needs the package gguf: pip install gguf")
     elif exists:
         raise UserError(
-            f"{name} is a file; give the directory that holds config.json and model.safetensors, an RWKV .pth or a .gguf file"
+            f"{name} is a file; give the directory that holds config.json and model.safetensors, a .pth, .pt or .ckpt of a known kind, or a .gguf file"
         )
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not local.parent.is_dir():
         source = name
@@ -95,16 +97,13 @@ def _model_type(directory: Path) -> str:
 
 def _inspect(directory: Path) -> None:
     """Refuse, before anything is read, shards outside the directory and tensors that would lose something on the way to float32."""
+    explicit = _config(directory).get("transformers_weights")
+    if explicit is not None and (not isinstance(explicit, str) or Path(explicit).name != explicit):
+        raise UserError(f"{directory / 'config.json'} asks for the weights {explicit!r}; they must lie beside it")
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds an adapter for another model: merge it into that one first")
     for index in directory.glob("*.safetensors.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{index} is not a list of shards: {e}") from None
-        for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise UserError(f"{index} names the shard {shard!r}; shards must lie beside it")
-            if not (directory / shard).is_file():
-                raise UserError(f"cannot load {directory}: the shard {shard} is missing")
+        _shards(index)
     tensors = _tensors(directory)
     for key, (kind, _) in tensors.items():
         if kind not in ("F64", "F32", "F16", "BF16") and not MASKS.search(key):
@@ -118,6 +117,13 @@ def _tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in _pickles(directory):
+        for key, value in originals.read(path).items():
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise UserError(f"cannot load {path}: {key} describes more numbers than the file holds")
+            found[key] = _DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape)
+    if found:
+        return found
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as f:
@@ -127,6 +133,28 @@ def _tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         except (SafetensorError, OSError) as e:
             raise UserError(f"cannot load {directory}: {path.name} is damaged ({e})") from None
     return found
+
+
+def _pickles(directory: Path) -> list[Path]:
+    """The files of transformers' weights, where they are pickled and there are none as safetensors. Raises UserError."""
+    if any((directory / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return []
+    one, index = directory / "pytorch_model.bin", directory / "pytorch_model.bin.index.json"
+    return [one] if one.is_file() else _shards(index) if index.is_file() else []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names: all there, and beside it. Raises UserError."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{index} is not a list of shards: {e}") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index} names the shard {shard!r}; shards must lie beside it")
+        if not (index.parent / shard).is_file():
+            raise UserError(f"cannot load {index.parent}: the shard {shard} is missing")
+    return [index.parent / shard for shard in shards]
 
 
 def _plausible(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -142,20 +170,26 @@ def _plausible(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         try:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                if isinstance(config, ClassifierConfig):
+                    model = Classifier(config)
+                else:
+                    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception:  # whatever it is, `_read` meets it again and says so
             return
     described, held = sum(p.numel() for p in model.parameters()), sum(math.prod(shape) for shape in shapes.values())
-    if described <= 2 * held:
+    if described <= 2 * held and not _pickles(
+        directory
+    ):  # of pickles, transformers' own comparison may fail on tied weights
         return
     for key, p in model.state_dict().items():
         if key in shapes and shapes[key] != tuple(p.shape):
             raise UserError(
                 f"cannot load {directory}: {key} has shape {shapes[key]}, the configuration says {tuple(p.shape)}"
             )
-    raise UserError(
-        f"cannot load {directory}: the configuration describes {described:,} weights, the files hold {held:,}"
-    )
+    if described > 2 * held:
+        raise UserError(
+            f"cannot load {directory}: the configuration describes {described:,} weights, the files hold {held:,}"
+        )
 
 
 def _no_code(tree: Any, name: str) -> None:
@@ -189,10 +223,14 @@ def _read(name: str, source: str, options: dict[str, Any]) -> tuple[nn.Module, d
 
     with _quiet():  # what a warning would say of missing keys, `_checked` raises
         try:
+            kind: Any = AutoModelForCausalLM
             if not options:
-                _no_code(PreTrainedConfig.get_config_dict(source)[0], name)
-            return AutoModelForCausalLM.from_pretrained(
-                source, use_safetensors=None if options else True, output_loading_info=True, trust_remote_code=False, dtype=torch.float32,
+                config = PreTrainedConfig.get_config_dict(source)[0]
+                _no_code(config, name)
+                kind = Classifier if config.get("model_type") == ClassifierConfig.model_type else kind
+            return kind.from_pretrained(
+                source, use_safetensors=None if options else not _pickles(Path(source)), weights_only=True, output_loading_info=True,
+                trust_remote_code=False, dtype=torch.float32,
                 ignore_mismatched_sizes=True,  # `_checked` refuses them, by name
                 **options,
             )  # fmt: skip

@@ -32,10 +32,10 @@ def load_mamba_ssm(directory: Path) -> LanguageModel:
     file = directory / "pytorch_model.bin"
     if not file.is_file():
         raise UserError(f"{directory} holds a configuration of mamba_ssm, but no pytorch_model.bin")
-    state = _float32(read(file))
+    state = as_float32(read(file))
     if "backbone.embedding.weight" not in state:
         raise UserError(f"{file} holds no backbone.embedding.weight: not a model of mamba_ssm")
-    with _sound(str(directory)):
+    with sound(str(directory)):
         family, theirs = _mamba_ssm(config, state, str(directory))
         state["backbone.embeddings.weight"] = state.pop("backbone.embedding.weight")
         return build(family, theirs, state)
@@ -43,14 +43,14 @@ def load_mamba_ssm(directory: Path) -> LanguageModel:
 
 def load_rwkv(file: Path) -> LanguageModel:
     """RWKV-4, 5 (5.2) or 6. Raises UserError, naming the file, for any other."""
-    state = _float32(read(file))
+    state = as_float32(read(file))
     if any(name.rpartition(".")[2] in ("r_k", "k_a", "x_r") for name in state):
         raise UserError(
             f"{file} is an RWKV-7, whose state is not of a kind that ours have; RWKV-4, 5.2 and 6 can be loaded"
         )
     if "emb.weight" not in state or "blocks.0.ln1.weight" not in state:
         raise UserError(f"{file} is not a model of RWKV-LM: it has no emb.weight or no blocks.0.ln1.weight")
-    with _sound(str(file)):
+    with sound(str(file)):
         return build(*_rwkv(file, state))
 
 
@@ -83,14 +83,23 @@ def _rwkv(file: Path, state: State) -> tuple[Family, Any, State]:
 
 def read(file: Path) -> State:
     """The tensors of a pickled file, without running what else is in it. Raises UserError."""
+    return tensors(file, unpickled(file))
+
+
+def unpickled(file: Path) -> Any:
+    """What a pickled file holds, mapped into memory where its format allows that. Raises UserError."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # a pickle of another kind, an older format that cannot be mapped, a cut file
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise UserError(f"cannot load {file}: it is damaged, or holds more than tensors ({reason})") from None
+
+
+def tensors(file: Path, found: Any) -> State:
+    """Checked to be named plain tensors. Raises UserError, naming the file."""
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise UserError(f"cannot load {file}: it holds other things than named tensors")
     for name, value in found.items():
@@ -99,7 +108,7 @@ def read(file: Path) -> State:
     return found
 
 
-def _float32(state: State) -> State:
+def as_float32(state: State) -> State:
     for name, value in state.items():
         if not value.is_floating_point():
             raise UserError(f"{name} has dtype {value.dtype}; only floating-point weights can be read")
@@ -107,7 +116,7 @@ def _float32(state: State) -> State:
 
 
 @contextmanager
-def _sound(name: str) -> Iterator[None]:
+def sound(name: str) -> Iterator[None]:
     """Whatever a configuration or weights of the wrong kind lead to, the error names the file."""
     try:
         yield

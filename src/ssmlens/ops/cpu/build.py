@@ -16,7 +16,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ssmlens import files
+from ssmlens.cache import directory as cache_directory
 from ssmlens.errors import UserError
 
 _HERE = Path(__file__).parent
@@ -142,25 +142,6 @@ def processor() -> str:
         return "\n".join(kept) or platform.processor()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-
-
-@functools.cache
-def cache_directory() -> Path:
-    """The user's cache, or a private directory that goes with this process where that cannot be written."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        path = (Path(root) if root else Path.home() / ".cache") / "ssmlens"
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(path, os.W_OK | os.X_OK):
-            return path
-    except (OSError, RuntimeError):  # RuntimeError: no home directory
-        pass
-    return Path(_private_directory().name)
-
-
-@functools.cache
-def _private_directory() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="ssmlens-")  # mode 0700, removed at exit
 
 
 def _is_intact(path: Path) -> bool:
