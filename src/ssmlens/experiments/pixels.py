@@ -1,0 +1,204 @@
+"""Tables 1 and 3, Figures 3 and 10: classifiers of pixel sequences under noise, target and gradient attack, beside the paper's numbers.
+
+One set of runs and one page for all of them: a run trains a classifier (pixels_models.py) and measures everything on it (pixels_measure.py).
+
+    DIR/images/KEY.images    the images, as small and as many as the scale has them        DIR/runs/ID/model    the trained classifier
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssmlens.errors import UserError
+from ssmlens.experiments import pixels_measure, pixels_record
+from ssmlens.experiments.base import Item, Request, choose
+from ssmlens.experiments.pixels_measure import Plan, Predictions
+from ssmlens.experiments.pixels_models import (
+    GRADIENT_WIDTH,
+    PAPER_REGIONS,
+    SCALES,
+    TARGET_WIDTHS,
+    Model,
+    Scale,
+    build,
+    classifier,
+    names,
+    training,
+)
+from ssmlens.experiments.pixels_runs import Runs
+from ssmlens.experiments.recall import PAPER_LENGTH
+from ssmlens.results import Record
+from ssmlens.tasks.images import ImageConfig, ImageSet, ImageStream, Split, balanced_order, digits, read
+from ssmlens.tasks.images.base import assembled
+from ssmlens.tasks.images.store import read as read_store
+from ssmlens.tasks.images.store import write as write_store
+from ssmlens.tasks.pixels import Region, positions
+from ssmlens.training import sweep, sweep_provenance, train
+from ssmlens.training.schedulers import Report
+
+
+def run(request: Request) -> Record:
+    choose("scale", request.scale, SCALES)
+    scale = SCALES[request.scale]
+    for name in request.variants or ():
+        choose("variant", name, names())
+    models = [Model.of(name) for name in request.variants or scale.models]
+    seeds = {m.name: list(range(request.seeds or scale.models.get(m.name, 1))) for m in models}
+    images = prepared(scale, request)
+    known = {"name": images.name, "sha256": images.sha256}
+    sizes = {k: v for k, v in asdict(scale).items() if k != "models"}
+    jobs = [
+        (_id(m, s), {"item": "pixels", "scale": request.scale, "sizes": sizes, "images": known, "model": m.name, "seed": s})
+        for s in range(max(map(len, seeds.values()))) for m in models if s in seeds[m.name]
+    ]  # fmt: skip
+    results = sweep(
+        jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
+        progress=request.progress, title=f"pixels, {request.scale}",
+    )  # fmt: skip
+    labels = images.test.labels
+    found: dict[str, Runs] = {}
+    for m in models:
+        of = [results[_id(m, s)] for s in seeds[m.name]]
+        found[m.name] = Runs.of(m.label, labels, [pixels_measure.unpacked(r) for r in of], [r["losses"] for r in of])
+    return pixels_record.record(
+        request.scale, images, found, {m.name: [results[_id(m, s)] for s in seeds[m.name]] for m in models},
+        plan(scale, images), sweep_provenance(request.out, results),
+    )  # fmt: skip
+
+
+def _id(model: Model, seed: int) -> str:
+    return f"{model.name}-seed{seed}"
+
+
+def prepared(scale: Scale, request: Request) -> ImageSet:
+    """The images as this scale has them, written where its runs find them. Raises UserError where the source has too few or other ones."""
+    if request.data is None and request.scale != "smoke":
+        raise UserError(
+            "name the images with --data: CIFAR-10 as a directory or an archive (docs/images.md), or datasets:uoft-cs/cifar10"
+        )
+    small = shrunk(digits() if request.data is None else read(request.data), scale.side)
+    images = chosen(small, scale.train_images, scale.test_images)
+    if not (place := _place(request.out, images.sha256)).exists():
+        write_store(place, images)
+    return images
+
+
+def chosen(images: ImageSet, train: int | None = None, test: int | None = None) -> ImageSet:
+    """The first so many images in an order that is balanced over classes; None: all, in that order."""
+    splits = []
+    for split, wanted in ((images.train, train), (images.test, test)):
+        first = balanced_order(split.labels)[:wanted]
+        splits.append(Split(np.ascontiguousarray(split.pixels[first]), split.labels[first]))
+    return assembled(images.name, images.classes, (images.height, images.width, images.channels), *splits)
+
+
+def _place(out: Path, sha256: str) -> Path:
+    return out / "images" / f"{sha256[:32]}.images"
+
+
+def shrunk(images: ImageSet, side: int) -> ImageSet:
+    """Averaged over squares of pixels, down to side × side. Raises UserError where that does not go up."""
+    if images.height == images.width == side:
+        return images
+    if images.height != images.width or images.height % side:
+        raise UserError(
+            f"{images.name} has images of {images.height} × {images.width} pixels, which squares do not take to {side} × {side}: "
+            f"give images of a multiple of {side}, as CIFAR-10's 32 × 32"
+        )
+    factor = images.height // side
+
+    def smaller(split: Split) -> Split:
+        done = [
+            np.rint(part.reshape(len(part), side, factor, side, factor, -1).mean((2, 4))).astype(np.uint8)
+            for part in np.array_split(split.pixels, max(1, len(split) // 1000))
+        ]
+        return Split(np.concatenate(done).reshape(len(split), side * side, -1), split.labels)
+
+    return assembled(
+        images.name, images.classes, (side, side, images.channels), smaller(images.train), smaller(images.test)
+    )
+
+
+def scaled_regions(n: int) -> tuple[tuple[Region, ...], tuple[Region, ...], tuple[Region, ...]]:
+    """The paper's regions, in proportion, in a sequence of n: of noise, of the target attack; and those of the gradient attack, which are ours."""
+
+    def sides(width: int) -> tuple[Region, ...]:
+        return tuple(positions(Region(0, width).scaled(n, PAPER_LENGTH).width, n).values())
+
+    noise = dict.fromkeys(Region.parse(r, PAPER_LENGTH).scaled(n, PAPER_LENGTH) for r in PAPER_REGIONS)
+    return tuple(noise), tuple(r for w in TARGET_WIDTHS for r in sides(w)), sides(GRADIENT_WIDTH)
+
+
+def plan(scale: Scale, images: ImageSet) -> Plan:
+    """What is measured of every classifier."""
+    noise, target, gradient = scaled_regions(images.length)
+    return Plan(
+        noise=noise, draws=scale.draws, target=target, classes=tuple(range(len(images.classes))), gradient=gradient, epsilons=scale.epsilons,
+        steps=scale.steps, images=scale.attacked, hardest=True,
+    )  # fmt: skip
+
+
+def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
+    """One run, in a process of its own: training, then everything that is measured. Resumes from what is in `directory`."""
+    import torch
+
+    scale, model, seed = SCALES[config["scale"]], Model.of(config["model"]), int(config["seed"])
+    images = read_store(_place(directory.parents[1], config["images"]["sha256"]))
+    if images is None:
+        raise UserError("the images of this run are gone from DIR/images: start again with the same --data")
+    stream = ImageStream(ImageConfig(source="", batch_size=scale.batch_size, seed=seed), images)
+    net = build(classifier(scale, model, images), seed)
+    settings = training(scale, seed, stream.batches_per_epoch)
+    labels = images.test.labels
+
+    def evaluate(net: torch.nn.Module) -> dict[str, float]:
+        found = pixels_measure.measure(net, images.test.pixels, labels, Plan(), Predictions())
+        return {"accuracy": float((found.found["clean"] == labels).mean())}
+
+    with pixels_measure.flushed():
+        result = train(
+            net, stream, settings, directory / "training", evaluate=evaluate, resume=True, identity=config["images"],
+            optimizer_groups=net.parameter_groups(settings.weight_decay), progress=lambda share: report(0.7 * share),
+        )  # fmt: skip
+    if not (directory / "model").exists():
+        _save(net, directory / "model", scale.side)
+    done, attacks = 0.0, plan(scale, images)
+
+    def advance(passes: float) -> None:
+        nonlocal done
+        done += passes
+        report(0.7 + 0.3 * done / attacks.work(len(labels)))
+
+    found = pixels_measure.measure(
+        net, images.test.pixels, labels, attacks, Predictions(directory / "predictions.json", {"images": config["images"]}), advance=advance
+    )  # fmt: skip
+    return {
+        **found.packed(),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "steps": result.step,
+        "seconds": result.seconds,
+        "accuracy": [[row["step"], row["evaluation"]["accuracy"]] for row in result.evaluations],
+        "loss": [[row["step"], row["loss"]] for row in result.history[:: max(1, len(result.history) // 40)]],
+    }
+
+
+def _save(net: Any, directory: Path, side: int) -> None:
+    """The classifier, and beside it, in data.json, how small its images were: `ssmlens attack` makes them as small."""
+    from transformers.utils import logging
+
+    from ssmlens import files
+
+    logging.disable_progress_bar()
+    with files.replace_directory(directory) as temporary:
+        net.save_pretrained(temporary)
+        files.write(Path(temporary) / "data.json", json.dumps({"task": "images", "side": side}) + "\n")
+
+
+ITEM = Item(
+    name="pixels", title="classifiers of pixel sequences: a region corrupted, target attack, gradient attack",
+    source="Tables 1 and 3, Figures 3 and 10", scales=tuple(SCALES), variants=names(), run=run, aliases=("table1", "table3", "figure3", "figure10"),
+    takes=("data",),
+)  # fmt: skip
