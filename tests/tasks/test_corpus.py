@@ -230,3 +230,19 @@ def test_reference_stream() -> None:
     assert stream.corpus.name == PYTHON_REFERENCE
     assert stream.batch(0).tokens.shape == (16, 256)
     assert sum(len(batch.tokens) for batch in stream.validation()) == 64
+
+
+def test_several_files_each_hold_out_their_end(tmp_path: Path) -> None:
+    for name, letter in (("a.txt", "a"), ("b.txt", "b")):
+        (tmp_path / name).write_text(letter * 1000)
+    both = read(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
+    assert (both.name, both.train.tobytes(), both.heldout.tobytes()) == (
+        "a.txt + b.txt",
+        b"a" * 900 + b"b" * 900,
+        b"a" * 100 + b"b" * 100,
+    )
+    odd = tmp_path / "a.txt,b.txt"
+    odd.write_text("one file " * 100)
+    assert read(str(odd)).name == "a.txt,b.txt", "a comma in the name of a file that is there"
+    with pytest.raises(UserError, match="no text file"):
+        read(f"{tmp_path / 'a.txt'},{tmp_path / 'c.txt'}")

@@ -104,8 +104,20 @@ def text_file(path: str | Path, heldout: float = 0.1) -> Corpus:
 
 
 def read(text: str, heldout: float = 0.1) -> Corpus:
-    """The corpus that a config or a command line names: "python-reference" or the path of a text file."""
-    return python_reference() if text == PYTHON_REFERENCE else text_file(text, heldout)
+    """The corpus that a config or a command line names: "python-reference", the path of a text file, or several with commas between,
+    of each of which the last part is held out."""
+    if text == PYTHON_REFERENCE:
+        return python_reference()
+    parts = [text_file(path, heldout) for path in paths(text)]
+    if len(parts) == 1:
+        return parts[0]
+    train, held = (np.concatenate([getattr(part, side) for part in parts]) for side in ("train", "heldout"))
+    return Corpus(" + ".join(part.name for part in parts), train, held)
+
+
+def paths(text: str) -> list[str]:
+    """Of several paths with commas between; a comma that belongs to the name of a file that is there divides nothing."""
+    return [text] if Path(text).exists() else [path.strip() for path in text.split(",") if path.strip()] or [text]
 
 
 def _held_out(topic: str) -> bool:
@@ -157,7 +169,7 @@ def _cut(text: UInt8[np.ndarray, " size"], starts: Int64[np.ndarray, " batch"], 
 class CorpusConfig(Config):
     """Windows of a text to train on.
 
-    text: "python-reference" or a path; heldout: of a path, the share at its end that is not trained on.
+    text: "python-reference", a path, or several with commas between; heldout: of each, the share at its end that is not trained on.
     length: tokens a window; validation_windows: held-out ones to validate on, fewer if they would overlap.
     """
 

@@ -1,0 +1,221 @@
+"""Depth against width: the paper's sizes, what a run reads and trains, what is said of the results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssmlens.errors import UserError
+from ssmlens.experiments import ITEMS, Request, depth, depth_runs, find, texts
+from ssmlens.experiments.base import Claim, claims_table, side
+from ssmlens.experiments.depth_runs import SCALES
+from ssmlens.models import LanguageModel
+from ssmlens.results import Value
+
+NEOX = 50280
+
+
+def request(out: Path, **options: object) -> Request:
+    return Request(**({"scale": "smoke", "out": out, "processes": 0, "progress": False} | options))  # type: ignore[arg-type]
+
+
+def test_the_paper_scale_is_the_papers() -> None:
+    scale = SCALES["paper"]
+    assert scale.depths == (16, 24, 32, 48, 64, 72)
+    assert scale.contexts == (2048, 8192)
+    assert scale.batch_tokens == 524_288
+    sizes = scale.parts[0].sizes
+    assert (min(sizes), max(sizes)) == (140_000_000, 550_000_000)
+    tiers = {size: scale.tier(size) for size in sizes}
+    assert [(tiers[s].steps, tiers[s].lr) for s in (140_000_000, 360_000_000, 550_000_000)] == [
+        (4_800, 3e-3),
+        (13_500, 1.5e-3),
+        (20_000, 1.25e-3),
+    ]
+    tokens = [round(t.steps * scale.batch_tokens / 1e9, 1) for t in scale.tiers]
+    assert tokens == [2.5, 7.1, 10.5], "2.5B, 7B, 10B"
+    c = depth_runs.training(scale, "default", 360_000_000, 0)
+    assert (c.clip, c.weight_decay, c.min_lr, c.schedule, c.precision, c.betas) == (
+        1.0,
+        0.1,
+        1e-5,
+        "cosine",
+        "bf16",
+        (0.9, 0.95),
+    )
+    assert c.grad_accumulation * scale.piece == scale.batch_tokens
+    assert scale.batch_tokens % max(scale.contexts) == 0
+    assert max(scale.contexts) <= scale.piece
+    assert depth_runs.SCALES["paper"].variants == ("default",)
+
+
+@pytest.mark.parametrize("layers", SCALES["paper"].depths)
+def test_models_of_the_paper_scale_have_their_sizes(layers: int) -> None:
+    scale = SCALES["paper"]
+    for size in scale.parts[0].sizes:
+        d = depth_runs.width(layers, size, NEOX, scale.multiple)
+        assert d % 16 == 0
+        assert abs(depth_runs.parameters(layers, d, NEOX) / size - 1) < 0.03
+    with torch.device("meta"):
+        lm = LanguageModel(depth_runs.model(scale, "default", size, layers, NEOX))
+    assert sum(p.numel() for p in lm.parameters()) == depth_runs.parameters(layers, d, NEOX)
+    mixer = lm.backbone.blocks[0].mixer
+    assert (mixer.d_state, mixer.d_inner, mixer.dt_rank, len(lm.backbone.blocks)) == (16, 2 * d, d // 16, layers)
+
+
+def test_models_of_the_laptop_scale_have_their_sizes() -> None:
+    scale = SCALES["laptop"]
+    assert scale.contexts == (128, 512)
+    assert (min(scale.depths), max(scale.depths)) == (2, 32)
+    for part in scale.parts:
+        for size in part.sizes:
+            for layers in part.depths:
+                assert (
+                    abs(
+                        depth_runs.parameters(layers, depth_runs.width(layers, size, 256, scale.multiple), 256) / size
+                        - 1
+                    )
+                    < 0.05
+                )
+    assert {part.variant for part in scale.parts} == {"default", "polarized", "half-rate"}
+    rates = [depth_runs.training(scale, v, 204_000, 0).lr for v in ("default", "polarized", "half-rate")]
+    assert rates[0] == rates[1] == 2 * rates[2]
+
+
+def test_smoke_runs_resumes_and_is_found_by_both_names(tmp_path: Path) -> None:
+    assert find("table4") is find("figure4") is ITEMS["figure4"]
+    first = ITEMS["figure4"].run(request(tmp_path))
+    assert [t.id for t in first.tables][:2] == ["claims", "loss-default"]
+    assert {f.id for f in first.figures} == {"loss-context-16", "loss-context-32", "by-depth"}
+    assert {c["outcome"] for c in first.config["claims"]} == {"not comparable"}
+    assert len(first.figures[0].series) == 6, "a curve for every depth, default and polarized"
+    json.dumps(first.config)
+    assert str(tmp_path) not in first.to_json()
+    with pytest.raises(UserError, match="--resume"):
+        ITEMS["figure4"].run(request(tmp_path))
+    again = ITEMS["figure4"].run(request(tmp_path, resume=True))
+    assert again.tables == first.tables
+
+
+def test_both_contexts_are_judged_on_the_same_text(tmp_path: Path) -> None:
+    scale = SCALES["smoke"]
+    short, long = (depth_runs.text(scale, None, c, 0, tmp_path) for c in scale.contexts)
+    assert torch.equal(short.heldout, long.heldout)
+    lm = LanguageModel(depth_runs.model(scale, "default", 9_000, 1, 256))
+    at = {c: depth_runs.evaluate(lm, long.heldout, long.targets, c, 64)["loss"] for c in scale.contexts}
+    with torch.no_grad():
+        assert at[32] == pytest.approx(float(lm(long.heldout, targets=long.targets).loss), rel=1e-5)
+    assert at[16] != at[32]
+
+
+def test_a_users_own_text_and_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    (tmp_path / "a.txt").write_text("the cat sat on the mat . " * 400)
+    words = {w: i for i, w in enumerate(["the", "cat", "sat", "on", "mat", ".", "<|endoftext|>", "?"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    named = f"{tmp_path / 'a.txt'},tokenizer:{tmp_path / 'words.json'}"
+    found = depth_runs.text(SCALES["smoke"], named, 16, 0, tmp_path / "cache")
+    assert (found.vocab_size, found.described["unit"], found.described["name"]) == (8, "tokens", "a.txt")
+    assert found.stream.batch(0).tokens.max() < 8
+    assert found.heldout.shape[1] == 32
+    record = ITEMS["figure4"].run(request(tmp_path / "out", data=str(tmp_path / "a.txt"), variants=("default",)))
+    assert any("a.txt" in note for note in record.notes)
+    assert str(tmp_path) not in record.to_json()
+
+
+def test_wrong_data_is_named(tmp_path: Path) -> None:
+    assert texts.divided("datasets:a/b,tokenizer:t.json") == ("datasets:a/b", "t.json")
+    assert texts.divided(None) == (None, None)
+    for wrong in ("datasets:a,datasets:b", "a.txt,datasets:b", "tokenizer:a,tokenizer:b"):
+        with pytest.raises(UserError, match="at most one tokenizer"):
+            texts.divided(wrong)
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        texts.coding(str(tmp_path / "no.json"))
+    with pytest.raises(UserError, match="did you mean 'default'"):
+        ITEMS["figure4"].run(request(tmp_path / "x", variants=("defalt",)))
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    lm = LanguageModel(depth_runs.model(SCALES["smoke"], "polarized", 9_000, 3, 256))
+    tokens = torch.randint(0, 256, (2, 16))
+
+    def gradients() -> list[torch.Tensor]:
+        lm.zero_grad()
+        lm(tokens, targets=tokens).loss.backward()
+        return [p.grad.clone() for p in lm.parameters() if p.grad is not None]
+
+    plain, names = gradients(), list(lm.state_dict())
+    depth_runs.recomputing(lm)
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert list(lm.state_dict()) == names, "checkpoints keep their names"
+
+
+# ---- what is said ----
+
+
+def made(loss: dict[tuple[str, int, int, int, int], float]) -> depth.Runs:
+    """Results by (variant, size, depth, context, seed)."""
+    scale = SCALES["laptop"]
+    results = {depth._id(v, size, d, c, s): {"loss": x} for (v, size, d, c, s), x in loss.items()}
+    return depth.Runs(scale, scale.parts, None, results)
+
+
+def losses(rule: object) -> depth.Runs:
+    scale = SCALES["laptop"]
+    noise = torch.Generator().manual_seed(0)
+    return made(
+        {
+            (p.variant, size, d, c, s): rule(p.variant, d, c) + 0.002 * float(torch.randn((), generator=noise)) + size / 1e7  # type: ignore[operator]
+            for p in scale.parts for size in p.sizes for d in p.depths for c in scale.contexts for s in range(p.seeds)
+        }
+    )  # fmt: skip
+
+
+def test_claims_follow_the_losses() -> None:
+    def papers(variant: str, d: int, context: int) -> float:
+        valley = (
+            {2: 0.3, 4: 0.15, 8: 0.0, 16: 0.1, 32: 0.2}
+            if context == 512
+            else {2: 0.0, 4: 0.01, 8: 0.02, 16: 0.2, 32: 0.4}
+        )
+        return 2 + valley[d] - (0.1 if variant == "polarized" and d == 32 else 0)
+
+    assert [c.outcome for c in depth.claims_of(losses(papers))] == ["agrees"] * 7
+    opposite = depth.claims_of(losses(lambda variant, d, context: 2 - papers(variant, d, context)))
+    assert [c.outcome for c in opposite] == ["differs"] * 4 + ["agrees"] + ["differs"] * 2, "a spread has no sign"
+    nothing = depth.claims_of(losses(lambda variant, d, context: 2.0))
+    assert "agrees" not in {c.outcome for c in nothing[:4]} or len({c.outcome for c in nothing}) > 1
+    first = depth.claims_of(losses(papers))[0]
+    assert first.n == 6, "three seeds, two, one"
+    assert first.value == pytest.approx(0.4, abs=0.01)
+
+
+def test_without_polarized_runs_nothing_is_said_of_them() -> None:
+    scale = SCALES["laptop"]
+    runs = losses(lambda variant, d, context: 2.0)
+    alone = depth.Runs(scale, tuple(p for p in scale.parts if p.variant == "default"), 1, runs.results)
+    claims = depth.claims_of(alone)
+    assert [c.item for c in claims] == ["Figure 4"] * 5
+    assert claims[0].n == 3, "one seed of each size"
+
+
+def test_sides_and_the_table_of_claims() -> None:
+    assert side(Value(value=1.0, stderr=0.1, n=5)) == "agrees"
+    assert side(Value(value=-1.0, stderr=0.1, n=5)) == "differs"
+    assert side(Value(value=-1.0, stderr=0.1, n=5), above=False) == "agrees"
+    assert side(Value(value=1.0, stderr=1.0, n=5)) == "undecided"
+    assert side(Value(value=1.0, n=1)) == "undecided"
+    assert side(Value(value=0.7, stderr=0.01, n=5), of=0.6) == "agrees"
+    claim = Claim("Figure 6", "says", "over 60 %", "70 %", "agrees", "why", 0.7, 0.01, 5)
+    row = claims_table([claim]).rows[0]
+    assert row[:2] == ["Figure 6", "agrees"]
+    assert row[-1] == Value(value=0.7, stderr=0.01, n=5)
+    with pytest.raises(ValueError, match="outcome"):
+        Claim("Figure 6", "says", "", "", "maybe", "")  # type: ignore[arg-type]
