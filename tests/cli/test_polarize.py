@@ -92,6 +92,17 @@ def test_several_models_lie_below_the_directory_and_share_a_page(plain, tmp_path
         assert ssmlens.load(tmp_path / "new" / name).config.architecture.polarization is not None
 
 
+def test_one_model_that_is_refused_leaves_nothing_of_the_others(plain, tmp_path):
+    attention = LanguageModel(LanguageModelConfig(vocab_size=256, d_model=16, n_layers=1, mixer="attention"))
+    attention.save_pretrained(tmp_path / "att")
+    assert "nothing to polarize" in fails("polarize", plain, tmp_path / "att", "-o", tmp_path / "new")
+    assert not any((tmp_path / "new").iterdir())
+    assert call("polarize", plain, plain, "-o", tmp_path / "new").exit_code == 0
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert "plain (2)" in page
+    assert "change of logits" in page
+
+
 def test_bad_requests_are_named(plain, tmp_path):
     LanguageModel(LanguageModelConfig(vocab_size=256, d_model=16, n_layers=1, mixer="attention")).save_pretrained(
         tmp_path / "att"

@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -10,11 +16,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from ssmlens.cli import devices
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
 from ssmlens.experiments import needle, needle_record, reader
 from ssmlens.lens.store import fingerprint
 from ssmlens.models import LanguageModel, LanguageModelConfig
+from ssmlens.results import Value
 from ssmlens.tasks.facts import FACTS
 from ssmlens.tasks.needle import Grid, Haystack, NeedleConfig, NeedleStream
 
@@ -235,6 +243,51 @@ def test_a_model_that_goes_wrong_in_pieces_is_read_whole():
     assert torch.allclose(got, model(input_ids=tokens, use_cache=False).logits[:, -1], atol=1e-5)
 
 
+def test_a_model_that_reads_everything_again_is_named_on_the_page():
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**COMMON | OTHERS["Mamba"])).eval()
+    g = grid(FACTS[:2])
+    found = [needle.measure_statements(n, m, g, decode, [500], [0.0, 0.5, 1.0]) for n, m in (("slow", model), ("own", small()))]  # fmt: skip
+    assert [n.carries for n in found] == [False, True]
+    (note,) = needle_record.slow(found)
+    assert "slow cannot go on from its own state" in note
+
+
+def test_statements_of_one_kind_are_not_independent():
+    """Kinds that agree within and differ between give the error of so many kinds; kinds that do not matter that of the statements."""
+    kinds = [k for k in "abcdef" for _ in range(8)]
+    alike = needle.clustered([float(k in "abc") for k in kinds], kinds)
+    assert (alike.value, alike.n) == (0.5, 6)
+    assert alike.stderr == pytest.approx(Value.mean([1, 1, 1, 0, 0, 0]).stderr)
+    assert alike.interval()[0] < 0  # three kinds of six: no certainty
+    mixed = needle.clustered([float(i % 2) for i in range(48)], kinds)
+    assert mixed.stderr == Value.mean([float(i % 2) for i in range(48)]).stderr
+    assert mixed.n == 6
+    assert needle.clustered([0.0, 1.0], ["a", "a"]) == needle.clustered([0.0, 1.0], []) == Value.mean([0, 1])
+
+
+def test_intervals_cover_the_truth_when_kinds_differ():
+    draw = random.Random(0)
+    covered = 0
+    for _ in range(300):
+        samples, kinds = [], []
+        for kind in range(8):
+            p = draw.choice([0.1, 0.9])
+            samples += [float(draw.random() < p) for _ in range(6)]
+            kinds += [str(kind)] * 6
+        low, high = needle.clustered(samples, kinds).interval()
+        covered += low <= 0.5 <= high
+    assert 0.9 <= covered / 300 <= 0.99  # of 95 %; with the statements' own errors it is 60 %
+
+
+def test_the_page_says_over_what_its_errors_are():
+    g = grid((FACTS[0], FACTS[-1]))
+    n = needle.measure_statements("m", small(), g, decode, [500], [0.0, 0.5, 1.0])
+    record = needle_record.record([n], synthetic=False, config={}, seeds=[], notes=[])
+    assert n.accuracy(list(n.cells)).n == 2
+    for part in (record.tables[0], record.figures[0], record.figures[-1]):
+        assert "over the 2 kinds of statements" in part.method
+
+
 def test_a_model_that_answers_nan_is_named():
     model = small()
     model.lm_head.weight.data *= math.nan
@@ -313,3 +366,74 @@ def test_a_model_trained_on_the_synthetic_needle_is_recognised(tmp_path):
     tree = json.loads(result.stdout)
     assert tree["config"]["lengths"] == [8, 16, 32, 64]
     assert any("longer than any in training" in note for note in tree["notes"])
+
+
+def test_killed_in_the_middle_and_resumed_it_ends_as_if_nothing_had_been(tmp_path):
+    small().save_pretrained(tmp_path / "m")
+    arguments = ["needle", tmp_path / "m", "--lengths", "450,900", "--depths", 5, "--device", "cpu"]
+
+    def command(out, *more):
+        return [str(a) for a in (*arguments, "--out", tmp_path / out, *more)]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert CliRunner().invoke(app, command("whole")).exit_code == 0
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ssmlens", *command("cut")], env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        cells, end = tmp_path / "cut" / "cells.json", time.monotonic() + 120
+        while not (cells.exists() and len(json.loads(cells.read_text())["cells"]) >= 2):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        kept = json.loads(cells.read_text())["cells"]
+        assert 2 <= len(kept) < 12
+        assert not (tmp_path / "cut" / "results.json").exists()
+        again = CliRunner().invoke(app, command("cut"))
+        assert "--resume" in str(again.exception)
+        assert CliRunner().invoke(app, command("cut", "--resume")).exit_code == 0
+    finally:
+        torch.set_num_threads(threads)
+    whole, cut = (json.loads((tmp_path / d / "results.json").read_text()) for d in ("whole", "cut"))
+    assert {k: v for k, v in whole.items() if k != "provenance"} == {k: v for k, v in cut.items() if k != "provenance"}
+    assert kept.items() <= json.loads(cells.read_text())["cells"].items()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("tpu", "unknown device 'tpu'"), ("cuda", "no cuda that PyTorch can use"), ("mps", "no mps"), ("cuda:x", "unknown device")],
+)  # fmt: skip
+def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    small().save_pretrained(tmp_path / "m")
+    result = CliRunner().invoke(app, ["needle", str(tmp_path / "m"), "--device", device, "--out", str(tmp_path / "o")])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+def test_what_is_no_language_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssmlens.models.pretrained.load", lambda path: nn.Linear(2, 2))
+    result = CliRunner().invoke(app, ["needle", "mamba-default", "--out", str(tmp_path)])
+    assert "mamba-default is a Linear: only a language model" in str(result.exception)
+
+
+def test_devices_are_chosen_by_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [devices.chosen(d) for d in ("auto", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+    with pytest.raises(UserError, match=r"no cuda:2: this machine has 2 GPU"):
+        devices.chosen("cuda:2")
+
+
+def test_prompts_follow_the_model_to_its_device():
+    """A device without numbers stands for one that is not here: what is read, forked and carried must all lie there."""
+    r = reader.Reader(small().to("meta"))
+    logits, state = r.read(torch.arange(20)[None])
+    more, _ = r.read(torch.arange(6).reshape(2, 3), r.fork(state, 2))
+    assert (logits.device.type, more.device.type, tuple(more.shape)) == ("meta", "meta", (2, 256))

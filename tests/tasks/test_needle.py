@@ -34,7 +34,7 @@ def test_there_are_enough_facts_of_several_kinds_and_none_is_ambiguous():
 
 
 @given(st.integers(600, 1500), st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]))
-def test_a_prompt_is_the_haystack_with_the_needle_at_a_sentence_end_and_has_its_length(length, depth):
+def test_a_prompt_is_the_haystack_with_the_needle_at_its_depth_and_has_its_length(length, depth):
     g = grid()
     cell = g.cell(length, depth)
     for i, row in enumerate(cell.rows.tolist()):
@@ -44,9 +44,22 @@ def test_a_prompt_is_the_haystack_with_the_needle_at_a_sentence_end_and_has_its_
         fact = g.facts[i]
         assert text.count(fact.needle) == 1
         assert text.endswith(f"{fact.question}\nAnswer: {fact.cue}")
-        before = text[: text.index(fact.needle)].rstrip()
-        assert before == "" or before[-1] in ".!?"
-    assert cell.prefix <= depth * length
+        before, behind = text[: text.index(fact.needle)].rstrip(), text[text.index(fact.needle) + len(fact.needle) :]
+        assert before == "" or before[-1] in ".!?" or behind[0].isspace()  # never inside a word
+    room = length - g._around
+    assert 0 <= depth * room - cell.prefix + 0.5 <= max(0.05 * room, len(" little longer, follows! And")) + 1
+
+
+def test_a_needle_comes_after_a_sentence_where_one_ends_near_and_between_words_where_none_does():
+    text = "Short one. " + "Then come very many words without an end " * 20 + "at last. And this is another."
+    hay = Haystack.of("text", text, encode, 700)
+    end = len("Short one.")
+    assert [hay.before(t, 20) for t in (0, 5, end, end + 20)] == [0, 0, end, end]
+    for target in range(end + 21, 700):
+        cut = hay.before(target, 20)
+        assert 0 <= target - cut < 30
+        assert text[cut] == " "
+    assert bytes(hay.ids.tolist()).decode().startswith(text[:700])
 
 
 def spaced(text):
@@ -145,3 +158,11 @@ def test_the_synthetic_stream_is_seeded_varied_and_its_splits_apart():
     assert (where - 1 / 14).abs().max() < 0.03  # uniform: one of 14 places each
     other = NeedleStream(c.model_copy(update={"seed": 1}))
     assert not torch.equal(a.batch(1).tokens, other.batch(1).tokens)
+
+
+def test_longer_prompts_join_one_after_the_other():
+    stream = NeedleStream(NeedleConfig(lengths=(8, 32, 16), batch_size=2, grow_every=10))
+    longest = [stream.batch(i).tokens.shape[1] for i in range(40)]
+    assert set(longest[:10]) == {8}
+    assert set(longest[10:20]) == {8, 16}
+    assert set(longest[20:]) == {8, 16, 32}

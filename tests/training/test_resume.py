@@ -245,3 +245,52 @@ def test_a_damaged_history_is_named(tmp_path, content):
     path.write_bytes(content + whole[len(content) :])
     with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
         run(tmp_path, resume=True)
+
+
+def test_a_killed_fine_tuning_of_the_command_line_ends_as_if_nothing_had_been(tmp_path):
+    """`ssmlens train --from`, as a user types it, killed with a checkpoint behind it."""
+    from typer.testing import CliRunner
+
+    import ssmlens
+    from ssmlens.cli.app import app
+    from ssmlens.models import LanguageModel, LanguageModelConfig
+    from ssmlens.models.retrofit import polarize
+
+    torch.manual_seed(0)
+    polarize(LanguageModel(LanguageModelConfig(vocab_size=256, d_model=16, n_layers=1))).save_pretrained(
+        tmp_path / "new"
+    )
+    (tmp_path / "tune.toml").write_text(
+        '[data]\ntask = "corpus"\nlength = 64\nbatch_size = 2\nvalidation_windows = 2\n'
+        "[training]\nsteps = 100\nlr = 1e-2\nweight_decay = 0.1\ncheckpoint_every = 10\n"
+    )
+
+    def command(out, *more):
+        return [
+            "train",
+            str(tmp_path / "tune.toml"),
+            "--from",
+            str(tmp_path / "new"),
+            "--out",
+            str(tmp_path / out),
+            *more,
+        ]
+
+    assert CliRunner().invoke(app, command("whole")).exit_code == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ssmlens", *command("cut")], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for((tmp_path / "cut" / "checkpoints" / "step-00000010").exists, process, 120.0)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "model").exists()
+    resumed = CliRunner().invoke(app, command("cut", "--resume"))
+    assert resumed.exit_code == 0, resumed.output
+    ends = [content(tmp_path / d) for d in ("whole", "cut")]
+    for end in ends:
+        del end["rng"]  # of generators that this training does not use, and that begin as each process has them
+    assert_same(*ends)
+    whole, cut = (ssmlens.load(tmp_path / d / "model").state_dict() for d in ("whole", "cut"))
+    assert_same(dict(whole), dict(cut))

@@ -49,8 +49,18 @@ def diagnose(
     token_ids: Annotated[
         Path | None, typer.Option(help="Token ids instead of text: a file of integers, or a JSON list.")
     ] = None,
-    length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence.")] = 512,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences; standard errors come from their spread.")] = 8,
+    images: Annotated[
+        str | None,
+        typer.Option(help="For classifiers of images: a directory or archive, datasets:OWNER/NAME or digits."),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(help="For other classifiers: .npy or .safetensors, floats (batch, length, d_input)."),
+    ] = None,
+    length: Annotated[int, typer.Option(min=8, help="Tokens in a sequence of text.")] = 512,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences, or images; standard errors come from their spread.")
+    ] = 8,
     probes: Annotated[int, typer.Option(min=1, help="Random probes a target position.")] = 8,
     exact: Annotated[
         bool, typer.Option("--exact", help="The whole Jacobian instead of probes: one pass for every dimension.")
@@ -63,7 +73,9 @@ def diagnose(
     ] = False,
     measure: Annotated[
         list[str] | None,
-        typer.Option(help="Only this (repeatable): influence, context, smoothing, transitions, bounds, filters, ..."),
+        typer.Option(
+            help="Only this (repeatable): influence, reading, context, smoothing, transitions, bounds, filters, ..."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of probes, bootstrap and initialisation.")] = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps.")] = "auto",
@@ -75,13 +87,15 @@ def diagnose(
     from ssmlens.cli import diagnose as verb
 
     verb.run(
-        model or [], text, token_ids, length, sequences, probes, exact, initial, transformer, measure, seed, device, resume, out, json
+        model or [], text, token_ids, images, inputs, length, sequences, probes, exact, initial, transformer, measure, seed, device, resume, out, json
     )  # fmt: skip
 
 
 @app.command()
 def reproduce(
-    item: Annotated[str, typer.Argument(help="A table or figure of the paper; `ssmlens list experiments` names them.")],
+    item: Annotated[
+        str, typer.Argument(help="A table or figure of the paper, or all; `ssmlens list experiments` names them.")
+    ],
     scale: Annotated[str, typer.Option(help="smoke (seconds), laptop (2 cores), paper (a GPU).")] = "laptop",
     variant: Annotated[
         list[str] | None, typer.Option(help="Only this variant (repeatable); default: all of the scale.")
@@ -94,13 +108,25 @@ def reproduce(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished runs in --out and continue the others.")
     ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "--text",
+            help="Texts or images instead of the item's own: a path (repeatable) or datasets:NAME of the hub; with all, ITEM=SOURCE.",
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Of figures of trained models: a directory, packaged checkpoint or hub id (repeatable)."),
+    ] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Repeat a table or figure of the paper, beside the paper's numbers."""
     from ssmlens.cli import reproduce as verb
 
-    verb.run(item, scale, variant, seeds, processes, resume, out, json)
+    verb.run(item, scale, variant, seeds, processes, resume, out, json, data, model)
 
 
 @app.command()
@@ -120,6 +146,7 @@ def needle(
     depths: Annotated[int, typer.Option(min=3, help="Depths, evenly from the beginning of the text to its end.")] = 11,
     prompts: Annotated[int, typer.Option(min=2, help="Of the synthetic needle: prompts a length and depth.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts read at once.")] = 16,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished in --out.")] = False,
     out: Out = None,
     json: Json = False,
@@ -127,7 +154,54 @@ def needle(
     """Hide statements in a long text and ask for them: accuracy by length and depth, and the recency index."""
     from ssmlens.cli import needle as verb
 
-    verb.run(model, text, lengths, depths, prompts, batch_size, resume, out, json)
+    verb.run(model, text, lengths, depths, prompts, batch_size, device, resume, out, json)
+
+
+@app.command()
+def attack(
+    checkpoint: Annotated[
+        list[str], typer.Argument(help="Classifiers of pixel sequences: directories or .pth files; several: one page.")
+    ],
+    images: Annotated[
+        str, typer.Option(help="A directory or archive of images, datasets:OWNER/NAME or digits; see docs/images.md.")
+    ],
+    kind: Annotated[
+        list[str] | None, typer.Option(help="noise, target or pgd (repeatable); default: all three.")
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pixels to attack, START:STOP (repeatable); --region=-32: the last 32. Default: the paper's."
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Class that other images are to be taken for (repeatable); default: all.")
+    ] = None,
+    eps: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest change of a pixel in pgd (repeatable); default: 2/255, 8/255, 32/255."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of pgd.")] = 10,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the noise.")] = 1,
+    side: Annotated[
+        int | None, typer.Option(min=2, help="Average images down to this many pixels a side; default: as in training.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=2, help="So many test images, balanced over classes.")] = 500,
+    pgd_limit: Annotated[int, typer.Option(min=2, help="So many of them for pgd, which costs more.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of noise, donors and random starts.")] = 0,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what is finished in --out.")] = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Attack classifiers of pixel sequences: noise in a region, pixels of another class, gradients; write a page."""
+    from ssmlens.cli import attack as verb
+
+    verb.run(
+        checkpoint, images, kind or [], region or [], target or [], eps or [], steps, draws, side, limit, pgd_limit, batch_size, seed, device,
+        resume, out, json,
+    )  # fmt: skip
 
 
 @app.command()
@@ -165,6 +239,24 @@ def train(
     from ssmlens.cli import train as verb
 
     verb.run(config, out, resume, from_, only_polarized, seed)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Argument(help="Classifiers: directories of `ssmlens train`, .pth files.")],
+    images: Annotated[
+        str, typer.Option(help="A directory or archive of images, datasets:OWNER/NAME or digits; see docs/images.md.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=2, help="So many test images, balanced over classes.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps.")] = "auto",
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Count how many test images classifiers get right, with intervals."""
+    from ssmlens.cli import evaluate as verb
+
+    verb.run(model, images, limit, batch_size, device, out, json)
 
 
 @app.command()

@@ -10,18 +10,22 @@ LENGTHS = (512, 1024, 2048)
 
 
 def run(
-    models: list[str], text: Path | None, lengths: str | None, depths: int, prompts: int, batch_size: int, resume: bool,
-    out: Path | None, json: bool,
+    models: list[str], text: Path | None, lengths: str | None, depths: int, prompts: int, batch_size: int, device: str,
+    resume: bool, out: Path | None, json: bool,
 ) -> None:  # fmt: skip
     if not models:
         raise UserError("name at least one model: a directory, a packaged checkpoint or a hub id")
     sizes = _lengths(lengths)
 
-    from ssmlens.cli import tokens
+    from ssmlens.cli import devices, tokens
     from ssmlens.cli.output import directory, finish
     from ssmlens.models.pretrained import load
 
-    loaded = {name: load(path) for name, path in zip(tokens.names(models), models, strict=True)}
+    on = devices.chosen(device)
+    loaded = {name: load(path).to(on) for name, path in zip(tokens.names(models), models, strict=True)}
+    for name, model in loaded.items():
+        if not hasattr(model, "can_generate") or not model.can_generate():
+            raise UserError(f"{name} is a {type(model).__name__}: only a language model can be asked for a needle")
     recipes = [_recipe(path) for path in models]
     synthetic = [r for r in recipes if r is not None]
     if synthetic and len(synthetic) < len(models):
@@ -37,9 +41,9 @@ def run(
     where = directory(out, "needle")
     grid = [i / (depths - 1) for i in range(depths)]
     if synthetic:
-        record = _synthetic(loaded, synthetic[0], sizes, grid, prompts, batch_size, resume, where, not json)
+        record = _synthetic(loaded, synthetic[0], sizes, grid, prompts, batch_size, resume, where, not json, on)
     else:
-        record = _statements(loaded, models, text, sizes or LENGTHS, grid, batch_size, resume, where, not json)
+        record = _statements(loaded, models, text, sizes or LENGTHS, grid, batch_size, resume, where, not json, on)
     finish(record, where, json)
 
 
@@ -71,7 +75,7 @@ def _recipe(path: str) -> dict[str, Any] | None:
 
 def _statements(
     loaded: dict[str, Any], paths: list[str], text: Path | None, lengths: tuple[int, ...], depths: list[float],
-    batch_size: int, resume: bool, where: Path, shown: bool,
+    batch_size: int, resume: bool, where: Path, shown: bool, on: str,
 ) -> Any:  # fmt: skip
     from ssmlens.cli import tokens
     from ssmlens.experiments import needle as n
@@ -79,7 +83,7 @@ def _statements(
     from ssmlens.lens.store import fingerprint
     from ssmlens.tasks import corpus
     from ssmlens.tasks.facts import FACTS
-    from ssmlens.tasks.needle import Grid, Haystack
+    from ssmlens.tasks.needle import SLACK, Grid, Haystack
 
     source = corpus.python_reference() if text is None else corpus.text_file(text, heldout=1.0)
     words = bytes(source.heldout).decode("utf-8", errors="replace")
@@ -103,19 +107,20 @@ def _statements(
             for name, model in loaded.items()
         ]  # fmt: skip
     notes = [
-        f"Haystack: {source.name}{', its held-out part' if text is None else ''}; needles stand between its sentences.",
+        f"Haystack: {source.name}{', its held-out part' if text is None else ''}; a needle stands after a sentence that ends at its depth or up to "
+        f"{100 * SLACK:.0f} % of the text before it; where none does, between two words.",
         f"{len(FACTS)} statements that contradict the world, of {len({f.kind for f in FACTS})} kinds; each stands in the text once, at every depth.",
-        "Statements of one kind are alike, so the standard errors are a little too small.",
     ]
     for name, grid in grids.items():
         if grid.haystack.repeated > 1:
             notes.append(f"{name}: the text is repeated {grid.haystack.repeated} times to reach {max(lengths)} tokens.")
-    return needle_record.record(found, synthetic=False, config=identity, seeds=[], notes=notes)
+    notes += needle_record.slow(found)
+    return needle_record.record(found, synthetic=False, config=identity, seeds=[], notes=notes, device=on)
 
 
 def _synthetic(
     loaded: dict[str, Any], data: dict[str, Any], lengths: tuple[int, ...] | None, depths: list[float], prompts: int,
-    batch_size: int, resume: bool, where: Path, shown: bool,
+    batch_size: int, resume: bool, where: Path, shown: bool, on: str,
 ) -> Any:  # fmt: skip
     from ssmlens.experiments import needle as n
     from ssmlens.experiments import needle_record
@@ -144,7 +149,7 @@ def _synthetic(
         *([f"Lengths {', '.join(beyond)} are longer than any in training."] if beyond else []),
     ]
     return needle_record.record(
-        found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys
+        found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys, device=on
     )
 
 

@@ -12,9 +12,11 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
     if ones + zeros == 0:
         raise UserError("--ones and --zeros are both 0: there is nothing to add")
 
+    from contextlib import ExitStack
+
     import torch
 
-    from ssmlens import results
+    from ssmlens import files, results
     from ssmlens.cli import tokens as t
     from ssmlens.cli.output import finish
     from ssmlens.models.pretrained import load
@@ -23,29 +25,30 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
 
     polarization = Polarization(ones=ones, zeros=zeros)
     names = t.names(models)
-    places = {name: out if len(models) == 1 else out / name for name in names}
+    places = {name: out if len(models) == 1 else out / name.replace("/", "--") for name in names}
     for place in places.values():
         if place.exists() and (
             not place.is_dir() or any(place.iterdir())
         ):  # it is written whole: what is there would go
             raise UserError(f"{place} is there already and not empty: choose another directory")
     rows: list[list[Any]] = []
-    for name, path in zip(names, models, strict=True):
-        model = load(path)
-        try:
-            new = polarize(model, polarization, seed=seed)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from None
-        tokens = torch.randint(0, new.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            before, after = model(input_ids=tokens).logits, new(tokens).logits
-        change = float((after - before).abs().max() / before.abs().max())
-        if not change <= 1e-4:
-            raise UserError(f"{path}: its logits would change by {change:.2g} (relative); nothing was written")
-        _save(new, places[name], name, path)
-        added = sum(int(mask.sum()) for mask in new_entries(new).values())
-        states = [_state_size(m) for m in (model, new)]
-        rows.append([name, str(new.config.mixer), sum(p.numel() for p in new.parameters()), added, *states, change])
+    with ExitStack() as all_or_none:  # one that is refused leaves nothing of the others
+        for name, path in zip(names, models, strict=True):
+            model = load(path)
+            try:
+                new = polarize(model, polarization, seed=seed)
+            except UserError as e:
+                raise UserError(f"{path}: {e}") from None
+            tokens = torch.randint(0, new.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                before, after = model(input_ids=tokens).logits, new(tokens).logits
+            change = float((after - before).abs().max() / before.abs().max())
+            if not change <= 1e-4:
+                raise UserError(f"{path}: its logits would change by {change:.2g} (relative); nothing was written")
+            _save(new, all_or_none.enter_context(files.replace_directory(places[name])), name, path)
+            added = sum(int(mask.sum()) for mask in new_entries(new).values())
+            states = [_state_size(m) for m in (model, new)]
+            rows.append([name, str(new.config.mixer), sum(p.numel() for p in new.parameters()), added, *states, change])
     c = results.Column
     table = results.Table(
         id="polarized", title="Polarized models", rows=rows,
@@ -68,20 +71,18 @@ def _state_size(model: Any) -> int:
     return sum(block.mixer.state_size() for block in model.backbone.blocks if block.mixer.polarizable)
 
 
-def _save(model: Any, place: Path, name: str, path: str) -> None:
-    """The model, and what belongs to it: the old one's tokenizer, what it was trained on. All of it or nothing."""
+def _save(model: Any, directory: Path, name: str, path: str) -> None:
+    """The model, and what belongs to it: the old one's tokenizer, what it was trained on."""
     import shutil
 
     from transformers.utils import logging
 
-    from ssmlens import files
     from ssmlens.cli import tokens
     from ssmlens.models.pretrained import packaged
 
     data = packaged().get(path, Path(path)) / "data.json"
     logging.disable_progress_bar()
-    with files.replace_directory(place) as temporary:
-        model.save_pretrained(temporary)
-        tokens.keep(name, model, path, Path(temporary))
-        if data.is_file():
-            shutil.copyfile(data, Path(temporary) / data.name)
+    model.save_pretrained(directory)
+    tokens.keep(name, model, path, directory)
+    if data.is_file():
+        shutil.copyfile(data, directory / data.name)

@@ -24,10 +24,11 @@ class Coder(NamedTuple):
 
 
 def names(paths: list[str]) -> list[str]:
-    """Short names for the page: the last part of each path, numbered where two are alike."""
+    """Short names for the page: the last part of each path, or that before it where it is the `model` of a run; numbered where two are alike."""
     found: list[str] = []
     for path in paths:
-        base = Path(path).resolve().name if Path(path).exists() else path
+        whole = Path(path).resolve()
+        base = (whole.parent.name if whole.name == "model" else whole.name) if Path(path).exists() else path
         name, n = base, 2
         while name in found:
             name, n = f"{base} ({n})", n + 1

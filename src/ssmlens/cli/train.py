@@ -1,8 +1,8 @@
 """`ssmlens train CONFIG`: a TOML file with the tables [model], [data] and [training].
 
 seed, weight_decay_groups, threads      above the first table, see RunConfig
-[model]      the fields of `ssmlens.models.Architecture`
-[data]       task = "corpus" (the other keys: `CorpusConfig`), "mqar" (`MqarConfig`) or "needle" (`NeedleConfig`)
+[model]      the fields of `ssmlens.models.Architecture`; with task = "images" those of `ClassifierArchitecture`
+[data]       task = "corpus" (the other keys: `CorpusConfig`), "images" (`ImageConfig`), "mqar" (`MqarConfig`) or "needle" (`NeedleConfig`)
 [training]   the fields of `ssmlens.training.TrainConfig`
 """
 
@@ -55,23 +55,21 @@ def run(
     import torch
     from accelerate import PartialState
 
-    from ssmlens.models import LanguageModel, LanguageModelConfig
     from ssmlens.training import TrainConfig, train
 
     if config.threads:
         torch.set_num_threads(config.threads)
     settings = TrainConfig.of({"seed": config.seed, **config.training}, f"{path}, [training]")
+    given = {"seed": config.seed, **config.data}
     if start is None:
+        stream = _stream(given, None, None)
         torch.manual_seed(config.seed)
-        model = LanguageModel(LanguageModelConfig(**(config.model or {})))
+        model = _fresh(config.model or {}, stream)
     else:
         model = _loaded(start)
-    stream = _stream({"seed": config.seed, **config.data}, model, start)
-    vocabulary = model.config.vocab_size
-    if stream.vocab_size > vocabulary:
-        raise UserError(
-            f"{path}: the data has {stream.vocab_size} different tokens, the model only {vocabulary}; set model.vocab_size"
-        )
+        _same_kind(path, model, config.data)
+        stream = _stream(given, model, start)
+    _fits(path, model, stream)
     identity: dict[str, Any] = {
         "model": model.config.architecture.model_dump(mode="json"), "data": {**config.data, **stream.identity}, "seed": config.seed,
     }  # fmt: skip
@@ -96,16 +94,51 @@ def run(
     print(f"{result.step} steps in {result.seconds:.0f} s; {measured}; model in {where / 'model'}")
 
 
+def _fresh(fields: dict[str, Any], stream: Any) -> Any:
+    """A classifier where the data are images (inputs and classes are as many as theirs), else a language model."""
+    from ssmlens.models import Classifier, ClassifierConfig, LanguageModel, LanguageModelConfig
+    from ssmlens.tasks.images import ImageStream
+
+    if isinstance(stream, ImageStream):
+        return Classifier(ClassifierConfig(**{"d_input": stream.d_input, "n_classes": stream.n_classes, **fields}))
+    return LanguageModel(LanguageModelConfig(**fields))
+
+
 def _loaded(start: str) -> Any:
-    from ssmlens.models import LanguageModel
+    from ssmlens.models import Classifier, LanguageModel
     from ssmlens.models.pretrained import load
 
     model = load(start)
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, LanguageModel | Classifier):
         raise UserError(
             f"{start} is a {type(model).__name__} of transformers; only ssmlens models and converted families can be trained"
         )
     return model.train()
+
+
+def _same_kind(path: Path, model: Any, data: dict[str, Any]) -> None:
+    """Raises UserError for a classifier with other data than images, and for another model with them."""
+    from ssmlens.models import Classifier
+
+    if isinstance(model, Classifier) != (data.get("task") == "images"):
+        raise UserError(f'{path}: a classifier learns from task = "images", and nothing else does')
+
+
+def _fits(path: Path, model: Any, stream: Any) -> None:
+    """Raises UserError where model and data do not belong together."""
+    from ssmlens.tasks.images import ImageStream
+
+    if isinstance(stream, ImageStream):
+        there = (stream.d_input, stream.n_classes)
+        if there != (model.config.d_input, model.config.n_classes):
+            raise UserError(
+                f"{path}: the images have {there[0]} channels and {there[1]} classes, the model {model.config.d_input} and {model.config.n_classes}"
+            )
+        return
+    if stream.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{path}: the data has {stream.vocab_size} different tokens, the model only {model.config.vocab_size}; set model.vocab_size"
+        )
 
 
 def _stream(data: dict[str, Any], model: Any, start: str | None) -> Any:
@@ -156,5 +189,7 @@ def save(model: Any, path: Path, data: dict[str, Any], start: str | None = None)
             from ssmlens.cli import tokens
 
             tokens.keep(start, model, start, Path(temporary))
-        named = {k: Path(v).name if k == "text" else v for k, v in data.items()}  # a path says nothing elsewhere
+        named = {
+            k: Path(v).name if k in ("text", "source") else v for k, v in data.items()
+        }  # a path says nothing elsewhere
         files.write(Path(temporary) / "data.json", json.dumps(named, indent=1) + "\n")

@@ -5,6 +5,11 @@
 A prompt is answered right where the model holds the answer of the text for more probable than that of the world, or, for the
 synthetic task, for the most probable token of all. Beside it: whether the answer it generates is that of the text.
 
+Prompts, not cells, are independent: each is averaged over the cells first. Statements come in kinds ("The capital of ..."), and those of one
+kind are alike, so that standard errors are over kinds: with mean m of N statements x_i in G kinds,
+
+    stderr² = G / (G - 1) · Σ_kinds (Σ_i in kind (x_i - m))² / N²          (cluster-robust; Student's t with G - 1 degrees of freedom)
+
 The text before the needle is read once for a length: the states at all depths are kept, and each is the start of its prompts. Long texts
 are read in pieces with the state carried on, so time, not memory, bounds the length.
 
@@ -42,18 +47,23 @@ class Scores:
 
 @dataclass(frozen=True)
 class Needle:
-    """What was found of one model. cells: (length, depth) → Scores; control: length → Scores without any needle."""
+    """What was found of one model. cells: (length, depth) → Scores; control: length → Scores without any needle. kinds: of every prompt, where
+    prompts of one kind are alike; empty where they are not. carries: whether the model went on from its state; else it read the whole text
+    again at every step."""
 
     name: str
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     cells: dict[tuple[int, float], Scores]
     control: dict[int, Scores] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+    carries: bool = True
+    parameters: int | None = None
 
     def accuracy(self, at: Sequence[tuple[int, float]], what: str = "right") -> Value:
-        """In %, over prompts (each averaged over the cells `at` first: prompts, not cells, are independent)."""
+        """In %, over prompts (each averaged over the cells `at` first)."""
         columns = [getattr(self.cells[key], what) for key in at]
-        return Value.mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "%")
+        return self._mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "%")
 
     @property
     def complete(self) -> bool:
@@ -69,7 +79,7 @@ class Needle:
         """Accuracy in the last third of the depths minus that in the first, in points, prompt by prompt."""
         parts = [[getattr(self.cells[key], what) for key in self._third(last)] for last in (True, False)]
         late, early = ([sum(row) / len(row) for row in zip(*columns, strict=True)] for columns in parts)
-        return Value.mean([100 * (a - b) for a, b in zip(late, early, strict=True)], "points")
+        return self._mean([100 * (a - b) for a, b in zip(late, early, strict=True)], "points")
 
     def moved(self, depth: float) -> Value:
         """What the needle adds to the log-odds of the text's answer against the world's, in nats: with it minus without it."""
@@ -78,12 +88,12 @@ class Needle:
             [a - b for a, b in zip(s.margin or [], self.control[length].margin or [], strict=True)]
             for length, s in cells
         ]
-        return Value.mean([sum(row) / len(row) for row in zip(*rows, strict=True)], "nats")
+        return self._mean([sum(row) / len(row) for row in zip(*rows, strict=True)], "nats")
 
     def without(self, what: str = "right") -> Value:
         """In %, of the same prompts without any needle, over prompts."""
         columns = [getattr(scores, what) for scores in self.control.values()]
-        return Value.mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "%")
+        return self._mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "%")
 
     def over_control(self) -> Value:
         """Accuracy minus that without a needle, in points, prompt by prompt."""
@@ -91,11 +101,27 @@ class Needle:
             [a - b for a, b in zip(s.right, self.control[length].right, strict=True)]
             for (length, _), s in self.cells.items()
         ]
-        return Value.mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "points")
+        return self._mean([100 * sum(row) / len(row) for row in zip(*columns, strict=True)], "points")
+
+    def _mean(self, samples: Sequence[float], unit: str) -> Value:
+        return clustered(samples, self.kinds, unit)
 
     def _third(self, last: bool) -> list[tuple[int, float]]:
         inside = [d for d in self.depths if (d >= 2 / 3 if last else d <= 1 / 3)]
         return [(length, d) for length in self.lengths for d in inside if (length, d) in self.cells]
+
+
+def clustered(samples: Sequence[float], kinds: Sequence[str], unit: str = "") -> Value:
+    """The mean with its standard error over kinds, n of them, where there are several; never less than over samples. kinds: of every sample,
+    or none at all: all are independent."""
+    plain = Value.mean(samples, unit)
+    groups = sorted(set(kinds))
+    if len(groups) < 2 or plain.stderr is None:
+        return plain
+    off = [math.fsum(x - plain.value for x, kind in zip(samples, kinds, strict=True) if kind == g) for g in groups]
+    n = len(groups)
+    stderr = math.sqrt(n / (n - 1) * math.fsum(o * o for o in off)) / len(samples)
+    return Value(value=plain.value, stderr=max(stderr, plain.stderr), n=n, unit=unit)
 
 
 def names(text: str, answer: str) -> int:
@@ -128,7 +154,10 @@ def measure_statements(
     generated = max(len(a) for pair in grid.answers for a in pair) + 3
     _fits(name, model, max(lengths), generated - 1)
     store = store or Store(None)
-    reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {})
+    reader, kinds = Reader(model), tuple(fact.kind for fact in grid.facts)
+    found = Needle(
+        name, tuple(lengths), tuple(depths), {}, kinds=kinds, carries=reader.carries, parameters=_parameters(model)
+    )
     with evaluating(model):
         for length in lengths:
             cache, seen = None, 0
@@ -212,7 +241,7 @@ def measure_synthetic(
     """`prompts` prompts a cell: one key and its value in noise, right where the value is the most probable token."""
     _fits(name, model, max(lengths), 0)
     store = store or Store(None)
-    reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {})
+    reader, found = Reader(model), Needle(name, tuple(lengths), tuple(depths), {}, parameters=_parameters(model))
     with evaluating(model):
         for length in lengths:
             for depth in depths:
@@ -231,6 +260,10 @@ def measure_synthetic(
                     store.put(key, scores)
                 found.cells[length, depth] = scores
     return found
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 class evaluating:

@@ -10,8 +10,9 @@ from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, p
 
 def record(
     found: Sequence[Needle], *, synthetic: bool, config: Mapping[str, Any], seeds: list[int], notes: Sequence[str], chance: float = math.nan,
+    device: str = "cpu",
 ) -> Record:  # fmt: skip
-    """Tables, curve over depth, heat maps, verdict. chance: accuracy in % of guessing, of the synthetic task."""
+    """Tables, curve over depth, heat maps, verdict. chance: accuracy in % of guessing, of the synthetic task. device: where it was measured."""
     whats = ["right"] if synthetic else ["right", "generated"]
     return Record(
         kind="needle",
@@ -27,8 +28,17 @@ def record(
         config=dict(config),
         seeds=seeds,
         complete=all(n.complete for n in found),
-        provenance=provenance(),
+        provenance=provenance(device),
     )
+
+
+def slow(found: Sequence[Needle]) -> list[str]:
+    """A note on every model that could not go on from its state."""
+    return [
+        f"{n.name} cannot go on from its own state with more text (tried before), so it read the whole text again at every step: slower, and as right."
+        for n in found
+        if not n.carries
+    ]  # fmt: skip
 
 
 _WORDS = {
@@ -62,6 +72,18 @@ def verdict(n: Needle, synthetic: bool = False) -> str:
     return f"{n.name}: no difference between early and late needles can be told: {numbers} ({interval})."
 
 
+def _errors(found: Sequence[Needle], synthetic: bool) -> str:
+    if synthetic:
+        return "± its standard error over prompts."
+    n = len(set(found[0].kinds))
+    if n < 2:
+        return "± its standard error over statements (the same ones at every length and depth)."
+    return (
+        f"± its standard error over the {n} kinds of statements, since those of one kind are alike (the same statements at every length and "
+        f"depth); intervals by Student's t with {n - 1} degrees of freedom."
+    )
+
+
 def _table(found: Sequence[Needle], what: str, synthetic: bool) -> Table:
     title, meaning = _what(what, synthetic)
     columns = [
@@ -74,17 +96,17 @@ def _table(found: Sequence[Needle], what: str, synthetic: bool) -> Table:
         columns.append(
             Column(name="without needle", unit="%", meaning="the same prompts with no needle: what the model says by itself")
         )  # fmt: skip
+    columns.append(Column(name="parameters"))
     rows: list[list[Any]] = []
     for n in found:
         row: list[Any] = [n.name, n.accuracy(list(n.cells), what)]
         row += [n.third(False, what), n.third(True, what), n.recency_index(what)]
-        rows.append(row if synthetic else [*row, n.without(what)])
-    units = "prompts" if synthetic else "statements"
+        rows.append([*row, *([] if synthetic else [n.without(what)]), n.parameters])
     return Table(
         id="needle" if what == "right" else f"needle-{what}", columns=columns, rows=rows,
         title="Needles found" if synthetic else f"Needles found: {title}",
         meaning="A model that remembers equally well everywhere has a recency index of 0; one that forgets has a positive one.",
-        method=f"Mean over {units} ± standard error over {units}, each averaged over lengths and depths first.",
+        method=f"Mean over {'prompts' if synthetic else 'statements'}, each averaged over lengths and depths first, " + _errors(found, synthetic),
     )  # fmt: skip
 
 
@@ -111,8 +133,7 @@ def _by_depth(found: Sequence[Needle], what: str, synthetic: bool, chance: float
     return Figure(
         id=f"by-depth-{what}", title=f"By depth: {title}", x_label="depth of the needle (% of the text before it)",
         y_label=f"{title} (%)", series=series, meaning=f"{meaning} Left: needles at the beginning; right: just before the question.",
-        method="Mean over all lengths; bars are standard errors over "
-        + ("prompts." if synthetic else "statements (the same ones at every depth)."),
+        method="Mean over all lengths, " + _errors(found, synthetic),
     )  # fmt: skip
 
 
@@ -131,8 +152,8 @@ def _moved(found: Sequence[Needle]) -> Figure:
         y_label="log-odds added by the needle (nats)", series=series,
         meaning="How far the needle moves the odds of the text's answer against the true one. Zero: it might as well not be there. "
         "It shows a trace that is too weak to turn an answer.",
-        method="Log-probability of the text's answer minus that of the world's, with the needle minus without it; mean over lengths and statements, "
-        "bars are standard errors over statements.",
+        method="Log-probability of the text's answer minus that of the world's, with the needle minus without it; mean over lengths and "
+        f"statements, {_errors(found, synthetic=False)}",
     )  # fmt: skip
 
 

@@ -7,11 +7,13 @@ the same batches, for the same number of steps:
     polarized           one state channel at one and one at zero appended (ssmlens.polarize), all parameters
     new rows alone      the same, but only what was appended is trained
 
-Measured of each, and of the model before: loss on held-out text, influence over distance, and what a needle far back is still worth.
+Measured of each, and of the model before: loss on held-out text and on the text of training, influence over distance, and what a needle far
+back is still worth, in texts of twice the length of training, so that "far" is far.
 A seed is one training from scratch with its three continuations; differences are taken seed by seed.
 """
 
 import copy
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,19 @@ from ssmlens.training import TrainConfig, sweep, sweep_provenance, train
 from ssmlens.training.schedulers import Report
 
 WAYS = {"before": "before", "plain": "as it is", "polarized": "polarized", "new": "new rows alone"}
+# name, unit, meaning
+MEASURES = {
+    "bits": ("loss", "bits/byte", "on held-out text"),
+    "seen": ("loss, text of training", "bits/byte", "on as many windows of the text that it was trained on"),
+    "trace": ("trace", "", "influence over the farther half of the distances, relative to that at distance 1"),
+    "context": ("effective context", "tokens", "holds 90 % of the squared influence"),
+    "needle": ("far needle", "nats", "log-odds added by a statement in the first third of the text"),
+}
+WORDS = {
+    "bits": ("better", "worse"),
+    "trace": ("weaker", "stronger"),
+    "needle": ("worth less", "worth more"),
+}  # less, more
 
 
 @dataclass(frozen=True)
@@ -121,20 +136,15 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
 
 
 def measure(model: Any, scale: Scale, seed: int) -> dict[str, Any]:
-    """Bits a byte on held-out text, the influence curve and its numbers, and what needles are worth by depth."""
+    """Bits a byte on held-out text and on text of training, the influence curve and its numbers, and what needles are worth by depth."""
     from ssmlens.lens import influence
     from ssmlens.tasks import corpus
+    from ssmlens.tasks.corpus import Corpus
     from ssmlens.tasks.facts import FACTS
     from ssmlens.tasks.needle import Grid, Haystack
 
     text = corpus.python_reference()
-    losses = []
-    with torch.no_grad(), needle.evaluating(model):
-        for tokens, targets in zip(
-            *(t.split(8) for t in corpus.windows(text, scale.length, scale.windows)[:2]), strict=True
-        ):
-            losses.append((float(model(tokens, targets=targets).loss), int((targets >= 0).sum())))
-    bits = sum(loss * n for loss, n in losses) / sum(n for _, n in losses) / 0.6931471805599453
+    seen = Corpus(text.name, text.heldout, text.train)  # windows are cut from what is held out
     i = influence.measure(model, corpus.windows(text, scale.length, scale.sequences).tokens, seed=seed)
 
     def encode(words: str) -> list[int]:
@@ -143,46 +153,68 @@ def measure(model: Any, scale: Scale, seed: int) -> dict[str, Any]:
     def decode(ids: list[int]) -> str:
         return bytes(i % 256 for i in ids).decode(errors="replace")
 
-    hay = Haystack.of(text.name, bytes(text.heldout).decode(errors="replace"), encode, scale.length)
+    length = 2 * scale.length
+    hay = Haystack.of(text.name, bytes(text.heldout).decode(errors="replace"), encode, length)
     found = needle.measure_statements(
-        "model", model, Grid.of(hay, FACTS[: scale.facts], encode), decode, [scale.length], scale.depths
+        "model", model, Grid.of(hay, FACTS[: scale.facts], encode), decode, [length], scale.depths
     )
     return {
-        "bits": bits, "curve": [float(v) for v in i.score / i.score[1]], "trace": i.tail.value,
+        "bits": _bits(model, text, scale), "seen": _bits(model, seen, scale), "curve": [float(v) for v in i.score / i.score[1]], "trace": i.tail.value,
         "context": i.effective_context.value, "needle": [found.moved(d).value for d in scale.depths],
     }  # fmt: skip
 
 
+def _bits(model: Any, text: Any, scale: Scale) -> float:
+    """Bits a byte on what the text holds out."""
+    from ssmlens.tasks import corpus
+
+    losses = []
+    with torch.no_grad(), needle.evaluating(model):
+        for tokens, targets in zip(
+            *(t.split(8) for t in corpus.windows(text, scale.length, scale.windows)[:2]), strict=True
+        ):
+            losses.append((float(model(tokens, targets=targets).loss), int((targets >= 0).sum())))
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses) / math.log(2)
+
+
 def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: dict[str, Any]) -> Record:
     scale = SCALES[scale_name]
+    found = {s: {way: _numbers(results[f"seed{s}"][way], scale) for way in WAYS} for s in seeds}
 
-    def of(way: str, key: str, unit: str = "") -> Value:
-        return Value.mean([results[f"seed{s}"][way][key] for s in seeds], unit)
+    def of(way: str, key: str) -> Value:
+        return Value.mean([found[s][way][key] for s in seeds], MEASURES[key][1])
 
-    def gain(way: str, key: str, unit: str = "") -> Value:
-        """Against the continuation without polarization, seed by seed."""
-        return Value.mean([results[f"seed{s}"][way][key] - results[f"seed{s}"]["plain"][key] for s in seeds], unit)
+    def gain(way: str, key: str, over: str = "plain") -> Value:
+        """Against another way (the continuation without polarization), seed by seed."""
+        return Value.mean([found[s][way][key] - found[s][over][key] for s in seeds], MEASURES[key][1])
 
-    rows: list[list[Cell]] = []
-    for way, label in WAYS.items():
-        compared = way in ("polarized", "new")
-        rows.append([
-            label, of(way, "bits", "bits/byte"), gain(way, "bits", "bits/byte") if compared else None, of(way, "trace"),
-            gain(way, "trace") if compared else None, of(way, "context", "tokens"), results["seed0"][way]["parameters"],
-        ])  # fmt: skip
-    columns = [
-        Column(name="model"), Column(name="loss", unit="bits/byte"), Column(name="loss, against as it is", unit="bits/byte"),
-        Column(name="trace", meaning="influence over the farther half of the distances, relative to that at distance 1"),
-        Column(name="trace, against as it is"), Column(name="effective context", unit="tokens", meaning="holds 90 % of the squared influence"),
-        Column(name="parameters"),
+    columns = [Column(name=name, unit=unit, meaning=meaning) for name, unit, meaning in MEASURES.values()]
+    rows: list[list[Cell]] = [
+        [label, *(of(way, key) for key in MEASURES), results["seed0"][way]["parameters"]] for way, label in WAYS.items()
+    ]
+    repeated = scale.batch_size * scale.length
+    tables = [
+        Table(
+            id="retrofit", title="A trained Mamba, trained on with and without polarization", rows=rows,
+            columns=[Column(name="model"), *columns, Column(name="parameters")],
+            meaning="All three continuations begin at the model of the first row and see the same batches. Where the loss on text of training is far "
+            "below that on held-out text, a model knows the former by heart, and going on makes the latter worse.",
+            method=f"{scale.layers} layers, d_model {scale.d_model}, bytes of Python's own reference, length {scale.length}, batch {scale.batch_size}: "
+            f"{scale.steps} steps at {scale.lr:g}, then {scale.more} at {scale.more_lr:g}, {repeated:,} bytes a step; {scale.windows} windows for each "
+            f"loss; influence by 8 probes on {scale.sequences} of the held-out ones. Mean ± standard error over seeds.",
+        ),
+        Table(
+            id="retrofit-gain", title="Against an equally long training without polarization",
+            rows=[[WAYS[way], *(gain(way, key) for key in MEASURES)] for way in ("polarized", "new")],
+            columns=[Column(name="model"), *columns], meaning="What polarization changed. Zero: nothing.",
+            method="Differences seed by seed, then their mean ± standard error.",
+        ),
+        Table(
+            id="retrofit-seeds", title="Seed by seed",
+            rows=[[label, s, *found[s][way].values()] for way, label in WAYS.items() for s in seeds],
+            columns=[Column(name="model"), Column(name="seed"), *columns],
+        ),
     ]  # fmt: skip
-    table = Table(
-        id="retrofit", title="A trained Mamba, trained on with and without polarization", columns=columns, rows=rows,
-        meaning="All three continuations begin at the model of the first row and see the same batches.",
-        method=f"{scale.layers} layers, d_model {scale.d_model}, bytes of Python's own reference, length {scale.length}, batch {scale.batch_size}: "
-        f"{scale.steps} steps at {scale.lr:g}, then {scale.more} at {scale.more_lr:g}; {scale.windows} held-out windows; influence by 8 probes on "
-        f"{scale.sequences} of them. Mean ± standard error over seeds.",
-    )  # fmt: skip
     distances = list(range(1, scale.length))
     curves = [
         _curve(
@@ -206,10 +238,18 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
             id="needle", title="What a needle is worth", x_label="depth of the needle (% of the text before it)",
             y_label="log-odds added by the needle (nats)", series=needles,
             meaning="How far a statement in the text moves the odds of its answer. These models are far too small to answer; this is the trace of it.",
-            method=f"{scale.facts} counterfactual statements in held-out text of {scale.length} bytes, with the statement minus without it.",
+            method=f"{scale.facts} counterfactual statements in held-out text of {2 * scale.length} bytes, with the statement minus without it; mean over "
+            "seeds, bars are standard errors over seeds.",
         ),
     ]  # fmt: skip
-    verdict = [_sentence(label, gain(way, "bits"), gain(way, "trace")) for way, label in list(WAYS.items())[2:]]
+    verdict = [
+        f"Training on without polarization, against before: {_says(gain('plain', 'bits', 'before'), 'bits')}.",
+        *(
+            f"{label[0].upper()}{label[1:]}, against an equally long training without polarization: "
+            + "; ".join(_says(gain(way, key), key) for key in WORDS) + "."
+            for way, label in list(WAYS.items())[2:]
+        ),
+    ]  # fmt: skip
     if scale_name == "smoke":
         verdict = [
             "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
@@ -219,8 +259,8 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
         {f"{p['commit'] or p['ssmlens']}, {p['device']}, {p['threads']} thread(s)" for p in made_by.values() if p}
     )
     return Record(
-        kind="reproduce", title=f"Polarizing a trained Mamba ({scale_name} scale)", verdict=verdict, tables=[table], figures=figures,
-        notes=[f"{len(seeds)} seeds, {seconds / 3600:.2f} core-hours of training.", *(f"Runs made by {o}." for o in origin)],
+        kind="reproduce", title=f"Polarizing a trained Mamba ({scale_name} scale)", verdict=verdict, tables=tables, figures=figures,
+        notes=[f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {seconds / 3600:.2f} core-hours of training.", *(f"Runs made by {o}." for o in origin)],
         config={"item": "retrofit", "scale": scale_name, "sizes": asdict(scale)}, seeds=seeds, provenance=provenance(),
     )  # fmt: skip
 
@@ -230,18 +270,19 @@ def _curve(name: str, x: list[float], runs: list[list[float]]) -> Series:
     return Series(name=name, x=x, y=[v.value for v in values], stderr=[v.stderr or 0.0 for v in values], group=name)
 
 
-def _sentence(label: str, bits: Value, trace: Value) -> str:
-    def says(v: Value, unit: str, less: str, more: str) -> str:
-        bounds = v.interval()
-        if bounds is None:
-            return f"{v.value:+.4f} {unit} (one seed)"
-        word = less if bounds[1] < 0 else more if bounds[0] > 0 else "no difference that these seeds can show"
-        return f"{v.value:+.4f} {unit}, 95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}: {word}"
+def _numbers(run: dict[str, Any], scale: Scale) -> dict[str, float]:
+    """Of one model, by the names of MEASURES."""
+    far = [value for depth, value in zip(scale.depths, run["needle"], strict=True) if depth <= 1 / 3]
+    return {key: run[key] for key in ("bits", "seen", "trace", "context")} | {"needle": sum(far) / len(far)}
 
-    return (
-        f"{label}, against an equally long training without polarization: loss {says(bits, 'bits/byte', 'better', 'worse')}; "
-        f"trace far back {says(trace, 'of that at distance 1', 'weaker', 'stronger')}."
-    )
+
+def _says(v: Value, key: str) -> str:
+    name, (less, more) = MEASURES[key][0], WORDS[key]
+    bounds = v.interval()
+    if bounds is None:
+        return f"{name} {v.value:+.2g} {v.unit}".rstrip() + " (one seed)"
+    word = less if bounds[1] < 0 else more if bounds[0] > 0 else "no difference that these seeds can show"
+    return f"{name} {v.value:+.2g} {v.unit}".rstrip() + f", 95 % interval {bounds[0]:+.2g} to {bounds[1]:+.2g}: {word}"
 
 
 ITEM = Item(

@@ -29,6 +29,8 @@ from ssmlens.tasks.facts import Fact
 
 Encode = Callable[[str], list[int]]
 ASK = "\n\nUsing only the text above, even where it is wrong: {question}\nAnswer: {cue}"
+SLACK = 0.05  # of the room: how far before its depth a needle may stand, to come after a sentence
+_WORDS = re.compile(r"\s*(?:\S+\s+){0,3}\S+")
 _TRAIN, _VALIDATION, _TEST = range(3)  # the second number of a seed
 
 
@@ -37,12 +39,13 @@ _TRAIN, _VALIDATION, _TEST = range(3)  # the second number of a seed
 
 @dataclass(frozen=True, eq=False)
 class Haystack:
-    """A text as tokens; ends: where its sentences end, in tokens. repeated: how often it stands there to be long enough.
-    start: how many special tokens come first, before which nothing may stand."""
+    """A text as tokens; ends: where its sentences end, in tokens; cuts: these, and after every few words of a sentence. repeated: how often
+    it stands there to be long enough. start: how many special tokens come first, before which nothing may stand."""
 
     name: str
     ids: Int[Tensor, " size"]
     ends: Int[Tensor, " sentences"]
+    cuts: Int[Tensor, " places"]
     repeated: int = 1
     start: int = 0
 
@@ -53,8 +56,11 @@ class Haystack:
         sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", text) if s.strip()]
         ids: list[int] = []
         ends: list[int] = []
+        cuts: list[int] = []
         for i, sentence in enumerate(sentences):
-            ids += after(".", f" {sentence}", encode) if i else encode(sentence)
+            for part in _WORDS.findall(f" {sentence}" if i else sentence):
+                ids += after(".", part, encode) if ids else encode(part)
+                cuts.append(len(ids))
             ends.append(len(ids))
             if len(ids) >= shortest:
                 break
@@ -62,13 +68,19 @@ class Haystack:
             raise UserError(f"{name} holds no sentence to hide a needle in: give a text")
         times = -(-shortest // len(ids))
         all_ids = torch.cat([torch.tensor(start, dtype=torch.long), torch.tensor(ids).repeat(times)])
-        all_ends = len(start) + (torch.arange(times)[:, None] * len(ids) + torch.tensor(ends)).flatten()
-        return cls(name, all_ids, all_ends, times, len(start))
+        all_ends, all_cuts = (
+            len(start) + (torch.arange(times)[:, None] * len(ids) + torch.tensor(places)).flatten()
+            for places in (ends, cuts)
+        )
+        return cls(name, all_ids, all_ends, all_cuts, times, len(start))
 
-    def before(self, target: int) -> int:
-        """The end of the last sentence that ends at or before `target`; the beginning where none does."""
-        found = int(torch.searchsorted(self.ends, target, right=True))
-        return int(self.ends[found - 1]) if found else self.start
+    def before(self, target: int, slack: float) -> int:
+        """The last end of a sentence at or before `target`; where that is more than `slack` tokens before it, the last place between words."""
+        found = [int(torch.searchsorted(places, target, right=True)) for places in (self.ends, self.cuts)]
+        end, cut = (
+            int(places[n - 1]) if n else self.start for places, n in zip((self.ends, self.cuts), found, strict=True)
+        )
+        return end if target - end <= slack else cut
 
 
 def after(before: str, text: str, encode: Encode) -> list[int]:
@@ -140,7 +152,8 @@ class Grid:
             raise UserError(f"a length of {length} tokens is too short for these needles: at least {self.shortest}")
         if len(self.haystack.ids) < length:
             raise ValueError("the haystack is shorter than the length")
-        prefix = self.haystack.before(round(depth * (length - self._around)))
+        room = length - self._around
+        prefix = self.haystack.before(round(depth * room), SLACK * room)
         rows = []
         for needle, question in zip(self.needles, self.questions, strict=True):
             inside = [] if control else needle
@@ -154,12 +167,15 @@ class Grid:
 
 class NeedleConfig(Config):
     """One pair among noise. length: of the prompt, the last key included; lengths: train on these, the longest is `length`.
-    keys: of which a sequence holds one, with one of as many values."""
+    keys: of which a sequence holds one, with one of as many values. grow_every: the shortest length comes first, the next longer one
+    joins after so many steps, and so on; 0: all from the first step. What is found in short prompts spreads to longer ones; from a mixture
+    small models learn nothing for thousands of steps."""
 
     vocab_size: Annotated[int, Field(ge=8)] = 64
     keys: Annotated[int, Field(ge=2)] = 16
     lengths: Annotated[tuple[int, ...], Field(min_length=1)] = (32, 64, 128, 256)
     batch_size: Annotated[int, Field(ge=1)] = 64
+    grow_every: Annotated[int, Field(ge=0)] = 0
     validation_examples: Annotated[int, Field(ge=1)] = 256
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -200,6 +216,8 @@ class NeedleStream:
     def batch(self, step: int) -> Batch:
         check_step(step)
         lengths = sorted(self.config.lengths)
+        if self.config.grow_every:
+            lengths = lengths[: 1 + step // self.config.grow_every]
         length = lengths[step % len(lengths)]
         rows = self.config.batch_size * max(1, self.config.length // length)
         return self.draw(rows, length, None, (self.config.seed, _TRAIN, step))
