@@ -136,6 +136,9 @@ def test_wrong_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         texts.coding(str(tmp_path / "no.json"))
+    with pytest.raises(UserError, match="no text file"):
+        ITEMS["figure4"].run(request(tmp_path / "y", data=str(tmp_path / "absent.txt")))
+    assert not (tmp_path / "y" / "runs").exists(), "named before anything runs"
     with pytest.raises(UserError, match="did you mean 'default'"):
         ITEMS["figure4"].run(request(tmp_path / "x", variants=("defalt",)))
 

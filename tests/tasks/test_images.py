@@ -192,6 +192,18 @@ def test_without_the_package_datasets_it_is_named(tmp_path, monkeypatch):
         images.read("datasets:uoft-cs/cifar10", cache=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b/c", "", "a b"])
+def test_names_that_are_none_of_the_hub(tmp_path, name):
+    with pytest.raises(UserError, match="is no data set of the hub"):
+        images.read(f"datasets:{name}", cache=tmp_path)
+
+
+def test_a_package_that_would_run_code_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("datasets"), "__version__", "3.6.0")
+    with pytest.raises(UserError, match="can run code"):
+        images.read("datasets:uoft-cs/cifar10", cache=tmp_path)
+
+
 def test_without_zstandard_it_is_named(tmp_path, monkeypatch):
     source = tar(tmp_path / "set.tar.zst", files())
     monkeypatch.setitem(sys.modules, "zstandard", None)

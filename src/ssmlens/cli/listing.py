@@ -35,7 +35,7 @@ def _rows(kind: str) -> tuple[list[str], list[list[str]]]:
         from ssmlens.experiments import ITEMS
 
         return ["name", "source", "scales", "variants", "what"], [
-            [i.name, i.source, ", ".join(i.scales), ", ".join(i.variants), i.title] for i in ITEMS.values()
+            [i.name, i.source, ", ".join(i.scales), _few(i.variants), i.title] for i in ITEMS.values()
         ]
     import json
 
@@ -48,6 +48,10 @@ def _rows(kind: str) -> tuple[list[str], list[list[str]]]:
         what = f"{pinned['ones']} at one, {pinned['zeros']} at zero" if pinned else "none"
         rows.append([name, config["mixer"], str(config["n_layers"]), str(config["d_model"]), what])
     return ["name", "mixer", "layers", "d_model", "polarization"], rows
+
+
+def _few(names: tuple[str, ...], most: int = 8) -> str:
+    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:4])}, ... ({len(names)})"
 
 
 def _mixer(name: str) -> list[str]:

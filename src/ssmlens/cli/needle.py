@@ -147,6 +147,7 @@ def _synthetic(
         f"Synthetic needle: one of {config.keys} keys with one of {config.keys} values among {config.vocab_size - 2 * config.keys} kinds of "
         f"noise; trained on lengths {', '.join(map(str, sorted(config.lengths)))}, the needle anywhere.",
         *([f"Lengths {', '.join(beyond)} are longer than any in training."] if beyond else []),
+        "Errors and intervals are over prompts: how another training of the same model would do, they do not say.",
     ]
     return needle_record.record(
         found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys, device=on

@@ -1,6 +1,6 @@
 """The paper's tables and figures, one file each; `ITEMS` by name, `find` also by the other names that they answer to."""
 
-from ssmlens.experiments import depth, figures, grid, pixels, retrofit, table2
+from ssmlens.experiments import depth, figure2, figures, grid, pixels, retrofit, table2
 from ssmlens.experiments.base import SCALES, Item, Request, choose
 
 __all__ = ["ITEMS", "SCALES", "Item", "Request", "choose", "find"]
@@ -11,6 +11,7 @@ ITEMS: dict[str, Item] = {
         pixels.ITEM,
         table2.ITEM,
         grid.ITEM,
+        figure2.ITEM,
         depth.ITEM,
         *figures.ITEMS,
         retrofit.ITEM,

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ssmlens.experiments.base import Claim, Item, Request, choose, claims_config, claims_table, claims_verdict, side
-from ssmlens.experiments.depth_runs import SCALES, VARIANTS, Part, Scale, work
-from ssmlens.experiments.texts import divided
+from ssmlens.experiments.depth_runs import SCALES, VARIANTS, Part, Scale, text, work
 from ssmlens.results import Cell, Column, Figure, Record, Series, Table, Value, provenance
 from ssmlens.training import sweep, sweep_provenance
 
@@ -69,7 +68,11 @@ def run(request: Request) -> Record:
     variants = request.variants or scale.variants
     for variant in variants:
         choose("variant", variant, VARIANTS)
-    divided(request.data)  # a wrong --data is named before anything runs
+    if not (
+        request.out / "runs"
+    ).exists():  # a text that cannot be read, or is too short, is named before anything runs
+        for context in scale.contexts:
+            text(scale, request.data, context, 0, request.out / "packed")
     parts = tuple(part for part in scale.parts if part.variant in variants)
     jobs = [
         (_id(part.variant, size, depth, context, seed),

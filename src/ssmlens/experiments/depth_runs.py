@@ -6,6 +6,7 @@ A size is a number of parameters; for every depth the width is chosen that comes
 rate of their own, whatever the depth (the paper's Table 4). A batch holds so many tokens, whatever the context: a longer one means fewer sequences.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -182,12 +183,24 @@ def text(scale: Scale, data: str | None, context: int, seed: int, cache: Path) -
         return Text(stream, BYTES, found.tokens, found.targets, told)
     encode, vocab_size, end = coding(tokenizer)
     source = source_of(named)
+    cache = cache / _key(named, tokenizer)
     packed = PackedStream(
         source, encode, vocab_size, cache, length=context, batch_size=batch_size, heldout=max(scale.heldout, count * longest + 1), separator=end, seed=seed
     )  # fmt: skip
     held = packed.validation(count, longest)
-    told = {"name": source.name, "sha256": packed.identity["first_chunk"], "tokens": None, "unit": "tokens"}
+    told = {
+        "name": source.name,
+        "sha256": packed.identity["first_chunk"],
+        "tokens": None,
+        "unit": "tokens" if tokenizer else "bytes",
+    }
     return Text(packed, vocab_size, held.tokens, held.targets, told)
+
+
+def _key(named: str, tokenizer: str | None) -> str:
+    """A directory for what is packed of this text by this tokenizer."""
+    sizes = [Path(path).stat().st_size for path in corpus.paths(named) if Path(path).is_file()]
+    return hashlib.sha256(repr((named, tokenizer, sizes)).encode()).hexdigest()[:12]
 
 
 # ---- a run ----

@@ -87,7 +87,8 @@ class Hub:
             import datasets
         except ImportError as e:
             raise UserError(f"datasets:{name} needs the package datasets: pip install 'ssmlens[data]'") from e
-        self.name, path = name, name.split(":")
+        path = name.split(":")
+        self.name = Path(name).name if Path(name).is_dir() else name
         try:
             self._set: Any = datasets.load_dataset(*path, split="train", streaming=True)
             first: dict[str, Any] = next(iter(self._set), {})

@@ -66,9 +66,9 @@ def share(batch: Batch, *, pieces: int, rank: int, world: int, device: torch.dev
             f"({world} processes × grad_accumulation {pieces})"
         )
     wanted = targets != IGNORED
-    total = int(wanted.sum())
+    total, n_tokens = int(wanted.sum()), tokens.shape[0] * tokens.shape[1]  # a token may be a vector
     if parts == 1:
-        return Share([Piece(_move(tokens, device), _move(targets, device), total, 1.0)], tokens.numel())
+        return Share([Piece(_move(tokens, device), _move(targets, device), total, 1.0)], n_tokens)
     mine = slice(rank * pieces, (rank + 1) * pieces)
     cut = zip(*(torch.tensor_split(part, parts)[mine] for part in (tokens, targets, wanted)), strict=True)
     done = []
@@ -76,7 +76,7 @@ def share(batch: Batch, *, pieces: int, rank: int, world: int, device: torch.dev
         n_targets = int(piece_wanted.sum())
         weight = n_targets * world / max(1, total)
         done.append(Piece(_move(piece_tokens, device), _move(piece_targets, device), n_targets, weight))
-    return Share(done, tokens.numel())
+    return Share(done, n_tokens)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

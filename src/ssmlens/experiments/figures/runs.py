@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ssmlens import files
 from ssmlens.experiments.base import Request
@@ -56,7 +57,9 @@ class Done:
         ]  # fmt: skip
 
     def notes(self) -> list[str]:
+        losses = [f"{name} {self.results[name]['loss']:.2f}" for name in self.models if "loss" in self.results[name]]
         return [
+            *([f"Loss on what the trained models read (nats a token): {', '.join(losses)}."] if losses else []),
             f"{len(self.models)} models, {self.seconds / 60:.1f} core-minutes.",
             *(f"Measured by {o}." for o in self.made_by),
         ]
@@ -88,10 +91,13 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
     model, plan, data = Model(**config["model"]), Plan(**config["plan"]), config["data"]
     subject = build(model, directory.parents[1] / "trained", report)
     read = tokens(model, subject, data, plan.length, plan.sequences)
-    told = {
+    told: dict[str, Any] = {
         "parameters": sum(p.numel() for p in subject.model.parameters()), "layers": len(subject.blocks), "sequences": len(read), "length": plan.length,
         "recurrent": bool(subject.recurrent),
     }  # fmt: skip
+    if model.trained:
+        with subject.still(), torch.no_grad():
+            told["loss"] = float(subject.model(subject.tokens(read), labels=subject.tokens(read)).loss)
     if plan.measure == "transitions":
         told |= summary(transitions.measure(subject, read))
     else:

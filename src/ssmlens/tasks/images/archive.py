@@ -77,7 +77,7 @@ def _zstd(file: io.BufferedIOBase, path: Path) -> bytes:
             from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
         except ImportError:
             raise UserError(
-                f"{path} is compressed with zstd: pip install 'ssmlens[images]' (or zstandard), or decompress it"
+                f"{path} is compressed with zstd: pip install 'ssmlens[data]' (or zstandard), or decompress it"
             ) from None
         make, failure = zstd.ZstdDecompressor, zstd.ZstdError
     else:

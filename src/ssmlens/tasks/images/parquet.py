@@ -3,6 +3,7 @@
 The image column holds the bytes of PNG or JPEG files, which are decoded here, so that a damaged one is named.
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ from ssmlens.errors import UserError
 from ssmlens.tasks.images.base import SPLITS, ImageSet
 from ssmlens.tasks.images.decoding import Gathered
 
+_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(@[\w.-]+)?")
+_SAFE = 4  # from this version on the package runs no code of a data set
+
 
 def from_hub(name: str) -> ImageSet:
     """name: OWNER/NAME, or OWNER/NAME@REVISION. Raises UserError for one that cannot be loaded or has no images with classes."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"datasets:{name[:80]} is no data set of the hub: datasets:OWNER/NAME, or datasets:OWNER/NAME@REVISION"
+        )
     repository, _, revision = name.partition("@")
     return _gathered(f"datasets:{name}", _load("datasets:" + name, path=repository, revision=revision or None))
 
@@ -46,8 +54,12 @@ def _load(name: str, **options: Any) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"{name} is read by the package datasets: pip install 'ssmlens[images]' (or datasets)"
+            f"{name} is read by the package datasets: pip install 'ssmlens[data]' (or datasets)"
         ) from None
+    if int(datasets.__version__.split(".")[0]) < _SAFE:
+        raise UserError(
+            f"{name}: the package datasets {datasets.__version__} can run code of a data set; install {_SAFE} or later"
+        )
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(**options)
