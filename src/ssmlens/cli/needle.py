@@ -24,7 +24,7 @@ def run(
     on = devices.chosen(device)
     loaded = {name: load(path).to(on) for name, path in zip(tokens.names(models), models, strict=True)}
     for name, model in loaded.items():
-        if not hasattr(model, "can_generate") or not model.can_generate():
+        if not getattr(model, "can_generate", bool)():
             raise UserError(f"{name} is a {type(model).__name__}: only a language model can be asked for a needle")
     recipes = [_recipe(path) for path in models]
     synthetic = [r for r in recipes if r is not None]

@@ -115,7 +115,7 @@ SCALES = {
     ),
     "laptop": Scale(
         lengths=(8, 16, 32, 64), vocab_size=64, d_model=32, batch_size=128, steps=3000, epochs=20, lr={2: 1e-2, 4: 5e-3},
-        released_lr={2: 2e-2, 4: 1e-2}, warmup_steps=100, clip=1.0, test_examples=500, seeds=5, variants=("corrected", "released"),
+        released_lr={2: 2e-2, 4: 5e-3}, warmup_steps=100, clip=1.0, test_examples=500, seeds=5, variants=("corrected", "released"),
         early_stop=0.99,
     ),
     "paper": Scale(
