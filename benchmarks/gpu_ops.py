@@ -5,8 +5,8 @@
 For each op, size and dtype, all backends that can compute it take turns on the same inputs; printed are the best time of a
 forward pass and of forward and backward together, the ratio to ours, the most memory allocated beyond the inputs, and the
 largest error of the output and of any gradient, relative to its largest entry, against our reference in float64 (a shorter
-sequence of the same kind, since that loops over tokens). It needs a GPU, and says so where there is none. What it prints is
-what `backend="auto"` has to be decided by: a peer is preferred only where this table shows it to be faster and as exact.
+sequence of the same kind, since that loops over tokens). It needs a GPU, and says so where there is none. `backend="auto"` asks the
+same question at the first call of each kind, of forward passes (`ssmlens.ops.choice`).
 """
 
 import argparse

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "attention.h"
 #include "causal_conv1d.h"
 #include "exponentials.h"
 #include "linear_scan.h"
@@ -389,6 +390,99 @@ template <class T> void floor_of_the_scan(int64_t batch, int64_t length, int64_t
   }
 }
 
+struct AttentionShape {
+  int64_t batch, length, groups, per_group, d_key, d_value, probes, threads;  // threads: as many as there are said to be
+  bool per_key, bonus, all;  // all: reset, h0, and decays of all sizes
+  Format format;
+};
+
+template <class T> void attention(const AttentionShape& shape) {
+  const auto [batch, length, groups, per_group, K, W, probes, threads, per_key, with_bonus, all, format] = shape;
+  const int64_t heads = groups * per_group, each = per_key ? K : 1, tokens = batch * length;
+  const Stored<T> q(tokens * groups * K, format, number), k(tokens * groups * K, format, number), v(tokens * heads * W, format, number);
+  Stored<T> log_a(tokens * heads * each, format, number);
+  for (T& a : log_a.values) {
+    const T choice = random_number<T>();
+    a = -std::abs(a) / 4;
+    if (all) a = choice < T(-0.9) ? -std::numeric_limits<T>::infinity() : choice < T(-0.8) ? T(0) : choice < T(-0.6) ? 100 * a : a;
+  }
+  log_a.store(), log_a.load();
+  const auto bonus = random_vector<T>(batch * heads * K), h0 = random_vector<T>(batch * heads * K * W);
+  std::vector<char> flags(tokens);
+  for (char& f : flags) f = std::rand() % 9 == 0;
+  Attention<T> s{batch, length, groups, heads, K, W, per_key, q.rows(length, groups * K), k.rows(length, groups * K),
+                 v.rows(length, heads * W), log_a.rows(length, heads * each), all ? Rows{flags.data(), length, 1, Format::full} : Rows{},
+                 with_bonus ? bonus.data() : nullptr, all ? h0.data() : nullptr};
+  Stored<T> y(tokens * heads * W, format, number);
+  std::vector<T> last(h0.size()), saved((s.chunks() + 1) * h0.size());
+  most_units = 0;
+  s.forward(y.out(length, heads * W), last.data(), length % 2 ? saved.data() : nullptr, threads, parallel);
+  if (most_units < std::min(threads, batch * groups * s.chunks())) std::puts("attention is not parallel over chunks"), std::exit(1);
+  s.forward(y.out(length, heads * W), last.data(), saved.data(), threads, parallel);
+  y.load();
+  const double rounded = format == Format::full ? 0 : 1e-2;
+  double of_bonus = 0;
+  const auto dy = Stored<T>(probes * tokens * heads * W, format, number);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h) {
+      std::vector<double> H(K * W);
+      for (int64_t i = 0; all && i < K * W; ++i) H[i] = h0[(b * heads + h) * K * W + i];
+      for (int64_t t = 0; t < length; ++t) {
+        const int64_t row = b * length + t, key = (row * groups + h / per_group) * K, value = (row * heads + h) * W;
+        if (all && flags[row]) std::fill(H.begin(), H.end(), 0.0);
+        std::vector<double> out(W);
+        for (int64_t i = 0; i < K; ++i)
+          for (int64_t j = 0; j < W; ++j) {
+            const double a = std::exp(double(log_a.values[(row * heads + h) * each + (per_key ? i : 0)]));
+            const double here = double(k.values[key + i]) * v.values[value + j], u = bonus[(b * heads + h) * K + i];
+            if (with_bonus) out[j] += q.values[key + i] * (H[i * W + j] + u * here);
+            of_bonus += u * here * q.values[key + i] * dy.values[value + j];
+            H[i * W + j] = a * H[i * W + j] + here;
+            if (!with_bonus) out[j] += q.values[key + i] * H[i * W + j];
+          }
+        for (int64_t j = 0; j < W; ++j) expect("attention", y.values[value + j], T(out[j]), rounded);
+      }
+      for (int64_t i = 0; i < K * W; ++i) expect("last state of attention", last[(b * heads + h) * K * W + i], T(H[i]));
+    }
+
+  Stored<T> dq(probes * tokens * groups * K, format, number), dk = dq, dv(probes * tokens * heads * W, format, number);
+  Stored<T> dlog_a(probes * tokens * heads * each, format, number);
+  const auto dlast = random_vector<T>(probes * h0.size());
+  std::vector<T> dbonus(probes * bonus.size()), dh0(probes * h0.size());
+  s.backward({probes * batch, dy.rows(length, heads * W), saved.data(), dlast.data(), dq.out(length, groups * K),
+              dk.out(length, groups * K), dv.out(length, heads * W), dlog_a.out(length, heads * each),
+              with_bonus ? dbonus.data() : nullptr, all ? dh0.data() : nullptr},
+             threads, parallel);
+  dq.load(), dk.load(), dv.load(), dlog_a.load();
+  const auto product = [](const std::vector<T>& x, const std::vector<T>& dx, int64_t p) {
+    double sum = 0;
+    for (size_t i = 0; i < x.size(); ++i) sum += double(x[i]) * dx[p * x.size() + i];
+    return sum;
+  };
+  const double loose = 5e-3;
+  for (int64_t p = 0; format == Format::full && p < probes; ++p) {
+    const double read = product(y.values, dy.values, p), left = read + product(last, dlast, p), begun = all ? product(h0, dh0, p) : 0;
+    expect("gradient to q", T(product(q.values, dq.values, p)), T(read), loose);
+    expect("gradient to k", T(product(k.values, dk.values, p) + begun), T(left), loose);
+    expect("gradient to v", T(product(v.values, dv.values, p) + begun), T(left), loose);
+    if (with_bonus && p == 0) expect("gradient to bonus", T(product(bonus, dbonus, p)), T(of_bonus), loose);
+  }
+  for (T x : dlog_a.values) expect("finite", x - x, T(0));
+  if (!std::is_same_v<T, double>) return;
+  double slope[2];  // along a random direction in log_a
+  const auto direction = random_vector<T>(log_a.values.size());
+  Stored<T> near = log_a;
+  for (int side : {0, 1}) {
+    for (size_t i = 0; i < direction.size(); ++i) near.values[i] = log_a.values[i] + T(side ? 1e-5 : -1e-5) * direction[i];
+    near.store();
+    s.log_a = near.rows(length, heads * each);
+    s.forward(y.out(length, heads * W), last.data(), nullptr, threads, parallel);
+    y.load();
+    slope[side] = product(y.values, dy.values, 0) + product(last, dlast, 0);
+  }
+  expect("gradient to log_a", T(product(direction, dlog_a.values, 0)), T((slope[1] - slope[0]) / 2e-5), 1e-5);
+}
+
 template <class T> void all() {
   int64_t round = 0;
   const auto format = [&] {  // one after another, those that go with T
@@ -415,6 +509,15 @@ template <class T> void all() {
       rwkv4<T>(2, 1 + d % 70, d, 1 + d % 2, every, format());
       norm<T>(2, 1 + d % 70, d, 1 + d % 2, every, format());
     }
+  for (int64_t length : {2, 9, 64, 65, 150})
+    for (int64_t d : {1, 5, 16, 33})
+      for (bool per_key : {false, true}) {
+        many_threads = d != 5;
+        const int64_t other = d % 3 * 8 + 3;
+        for (bool bonus : {false, true})
+          for (bool every : {false, true})
+            attention<T>({1 + d % 2, length, 1 + length % 2, 1 + d % 3, d, other, 1 + d % 2, d % 5 + 1, per_key, bonus, every, format()});
+      }
 }
 
 int main() {  // under the sanitizers compiling takes long: one type at a time

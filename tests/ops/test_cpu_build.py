@@ -29,12 +29,12 @@ with warnings.catch_warnings(record=True) as caught:
 print(sum("CPU kernels" in str(w.message) for w in caught))
 print(*[str(w.message) for w in caught])
 """
-# A quick stand-in for a compiler: hands out the library that this process has already compiled.
+# A quick stand-in for a compiler: hands out, when it is to link, the library that this process has already compiled.
 FAKE = """#!{python}
 import shutil, sys, time
 if "--version" in sys.argv:
     print("a compiler")
-else:
+elif "-c" not in sys.argv:
     {before}
     data = open({library!r}, "rb").read()[:-32]
     open(sys.argv[sys.argv.index("-o") + 1], "wb").write(data)

@@ -1,4 +1,4 @@
-"""What the CPU scan needs beside its inputs and outputs: never (batch, length, d_inner, d_state) numbers. Peaks of resident
+"""What the CPU scan needs beside its inputs and outputs: never (batch, length, d_inner, d_state) numbers; and linear attention. Peaks of resident
 memory, each in a process of its own."""
 
 import os
@@ -38,11 +38,18 @@ def inputs(batch, length):
     A = torch.complex(A, A) if with_complex else A
     return [t.requires_grad_() for t in (x, dt, A, B, C)], torch.ones_like(x)
 
+def heads(batch, length):
+    shape = (batch, length, d // n, n)
+    leaves = [torch.rand(shape).to(small) for _ in range(3)] + [-torch.rand(shape)]
+    return [t.requires_grad_() for t in leaves], torch.ones(shape, dtype=small)
+
+run = cpu.gated_linear_attention if "attention" in sys.argv[5:] else cpu.selective_scan
+inputs = heads if "attention" in sys.argv[5:] else inputs
 leaves, dy = inputs(1, 40)
-cpu.selective_scan(*leaves)[0].backward(dy)  # what is loaded once
+run(*leaves)[0].backward(dy)  # what is loaded once
 leaves, dy = inputs(batch, length)
 before = kilobytes("VmRSS")
-y, h = cpu.selective_scan(*leaves)
+y, h = run(*leaves)
 gradients = torch.autograd.grad(y, leaves, dy)
 print(kilobytes("VmHWM") - before, size(*leaves), size(y, h, *gradients))
 assert all(g.isfinite().all() for g in gradients)
@@ -67,6 +74,14 @@ def test_backward_needs_little_more_than_its_inputs(d_state: int, bound: float, 
     extra, inputs = measure(2, 2048, 256, d_state, *options)
     # each thread has some scratch memory of its own
     assert extra < bound * inputs + 2048, f"{extra / inputs:.2f} times the inputs"
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 16_384), (1, 32_768)])
+@pytest.mark.parametrize("options", [(), ("half",)])
+def test_attention_keeps_a_state_for_each_chunk(batch: int, length: int, options: tuple[str, ...]) -> None:
+    """d_key = d_value = 32: half of q. Both ways of sharing the work among threads."""
+    extra, inputs = measure(batch, length, 32 * (3 if batch == 2 else 1), 32, "attention", *options)
+    assert extra < 0.5 * inputs + 4096, f"{extra / inputs:.2f} times the inputs"
 
 
 def test_a_million_tokens() -> None:

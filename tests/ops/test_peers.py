@@ -69,7 +69,7 @@ def calls(monkeypatch):
         modules[f"fla.ops.{family}"] = module
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
-    monkeypatch.setattr(peers, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: True)
     return made
 
 
@@ -117,7 +117,7 @@ def test_where_mamba_ssm_computes_another_function(calls, monkeypatch):
     assert "256" in peers.why_not_selective_scan(x, A.new_zeros(5, 257))
     long = torch.empty(1, 2**21, 2**10, device="meta")
     assert "overflow" in peers.why_not_selective_scan(long, A)
-    monkeypatch.setattr(peers, "_on_gpu", lambda x: False)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: False)
     with pytest.raises(ValueError, match=r"'mamba_ssm' cannot be used here: it needs a CUDA device"):
         peers.selective_scan(**kw)
     sys.modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_cuda = None
@@ -176,7 +176,7 @@ def test_where_fla_computes_another_function(calls, monkeypatch):
     assert "256" in peers.why_not_gated_linear_attention(k.new_zeros(2, 7, 2, 257), v, log_a)
     long = torch.empty(1, 2**20, 32, 64, device="meta")
     assert "overflow" in peers.why_not_gated_linear_attention(long, long, log_a)
-    monkeypatch.setattr(peers, "_on_gpu", lambda x: False)
+    monkeypatch.setattr(peers, "on_gpu", lambda x: False)
     with pytest.raises(ValueError, match=r"'fla' cannot be used here: it needs a CUDA device"):
         peers.gated_linear_attention(**kw)
     monkeypatch.setitem(sys.modules, "fla.ops.gla", None)

@@ -213,6 +213,29 @@ def test_through_the_public_functions():
         assert ops.backend_for("selective_scan", x, a.float()) == "triton"
 
 
+def test_the_time_invariant_model_as_a_scan(monkeypatch):
+    """What "auto" takes on a GPU where the state is emptied in between, and for a single token."""
+    x, a, D, B, C = normal(*ROW), A.clone(), normal(2), normal(2, N), normal(2, N, seed=1)
+    a[0, 0], a[1, 1] = 0, -torch.inf
+    kw = {"A": a, "B": B, "C": C, "dt": normal(2).abs(), "D": D, "return_final_state": True}
+    want = ops.lti_convolution(x, **kw, reset=RESET, backend="reference")
+    monkeypatch.setattr(ops, "backend_for", lambda op, *_: "triton" if op == "selective_scan" else "chunked")
+    with Operators() as seen:
+        got = ops.lti_convolution(x, **kw, reset=RESET)
+    assert any("triton" in name for name in seen.names)
+    torch.testing.assert_close(got, want)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def test_what_is_supported():
     x = normal(*ROW)
     assert kernels.supports_selective_scan(x, A)

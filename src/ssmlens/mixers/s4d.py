@@ -148,16 +148,12 @@ class DiagonalKernel(nn.Module):
     def forward(
         self, x: Tensor, D: Tensor, h: Tensor | None, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """s (batch, length, channels) and the state after the last token. By an FFT convolution; by the recurrence itself for a single
-        token, where the state is emptied in between, and wherever the C++ scan runs: on a CPU it takes 1/2 (d_state 64) to 1/9 (16, long
-        sequences) of the FFT's time."""
-        A, C, dt, D = self.A(), self.read_out(), self.dt(), at_least_float32(D)
-        x = heads.visible(x, mask)
-        if reset is None and x.shape[1] > 1 and ops.backend_for("selective_scan", x, A) != "cpu":
-            s, h = ops.lti_convolution(x, A, torch.ones_like(A), C, dt, D=D, h0=h, return_final_state=True)
-            return s, h
-        gain = self.discrete()[1] / dt[:, None]  # the op multiplies by Δ, as in Mamba, the hold by (exp(ΔA) - 1)/A
-        s, h = ops.selective_scan(x, dt.expand(x.shape), A, gain, C, D=D, h0=h, reset=reset, return_final_state=True)
+        """s (batch, length, channels) and the state after the last token."""
+        A = self.A()
+        s, h = ops.lti_convolution(
+            heads.visible(x, mask), A, torch.ones_like(A), self.read_out(), self.dt(), D=at_least_float32(D), h0=h, reset=reset,
+            return_final_state=True,
+        )  # fmt: skip
         return s, h
 
 

@@ -1,8 +1,7 @@
 """Other people's GPU kernels for the same functions, where their packages are installed: mamba-ssm's CUDA scan as backend
 "mamba_ssm" of `selective_scan`, flash-linear-attention's chunked kernels as backend "fla" of `gated_linear_attention`.
 
-Both are used only when asked for by name. `backend="auto"` takes our own Triton kernels until a measurement
-(benchmarks/gpu_ops.py) says otherwise: nothing measured yet shows where the peers are faster, and they compute the same
+Each is used when asked for by name, and by `backend="auto"` where it is measured to be faster (`choice`). They compute the same
 function only under the conditions below, one of which (no -inf in A or log_a) cannot be seen without waiting for the GPU.
 
 Shapes and meaning as in `ssmlens.ops`; each function raises ValueError with the reason where the peer cannot be used.
@@ -17,6 +16,10 @@ from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INT32 = 2**31
+
+
+class Refused(ValueError):
+    """The peer does not compute this call."""
 
 
 def selective_scan(
@@ -56,16 +59,16 @@ def selective_scan(
 
 
 def why_not_selective_scan(
-    x: Tensor, A: Tensor, *, h0: Tensor | None = None, reset: Tensor | None = None
+    x: Tensor, A: Tensor, *, h0: Tensor | None = None, reset: Tensor | None = None, values: bool = True
 ) -> str | None:
-    """Why mamba-ssm cannot compute this, None where it can."""
+    """Why mamba-ssm cannot compute this, None where it can. values: look at A, which waits for the GPU."""
     (batch, length, d_inner), d_state = x.shape, A.shape[1]
     try:
         if _mamba_ssm().selective_scan_cuda is None:
             return "mamba-ssm is installed without its CUDA scan"
     except ImportError as e:
         return f"mamba-ssm cannot be imported ({e})"
-    if not _on_gpu(x):
+    if not on_gpu(x):
         return "it needs a CUDA device"
     if x.dtype not in _DTYPES or A.is_complex() or A.dtype == torch.float64:
         return "it computes float32, bfloat16 and float16 with real A"
@@ -76,7 +79,7 @@ def why_not_selective_scan(
     states = batch * d_inner * -(-length // 2048) * d_state
     if max(x.numel(), states, batch * length * d_state) >= _INT32:
         return "its 32-bit offsets would overflow (mamba issues 880, 884)"
-    if not bool(torch.isfinite(A).all()):
+    if values and not bool(torch.isfinite(A).all()):
         return "A has infinite entries (pinned channels), where its gradients are NaN"
     return None
 
@@ -110,15 +113,17 @@ def gated_linear_attention(
     return y.to(v.dtype), last
 
 
-def why_not_gated_linear_attention(k: Tensor, v: Tensor, log_a: Tensor, *, reset: Tensor | None = None) -> str | None:
-    """Why flash-linear-attention cannot compute this, None where it can."""
+def why_not_gated_linear_attention(
+    k: Tensor, v: Tensor, log_a: Tensor, *, reset: Tensor | None = None, values: bool = True
+) -> str | None:
+    """Why flash-linear-attention cannot compute this, None where it can. values: look at log_a, which waits for the GPU."""
     batch, length, heads, d_value = v.shape
     d_key = k.shape[3]
     try:
         _fla("gla")
     except ImportError as e:
         return f"flash-linear-attention cannot be imported ({e})"
-    if not _on_gpu(v):
+    if not on_gpu(v):
         return "it needs a CUDA device"
     if v.dtype not in _DTYPES or torch.float64 in (k.dtype, log_a.dtype):
         return "it computes float32, bfloat16 and float16"
@@ -129,17 +134,17 @@ def why_not_gated_linear_attention(k: Tensor, v: Tensor, log_a: Tensor, *, reset
     states = batch * -(-length // 16) * heads * d_key * d_value
     if max(batch * length * heads * max(d_key, d_value), states) >= _INT32:
         return "32-bit offsets could overflow"
-    if not bool(torch.isfinite(log_a).all()):
+    if values and not bool(torch.isfinite(log_a).all()):
         return "log_a has infinite entries (a = 0), of which it would take differences"
     return None
 
 
 def _refuse(op: str, backend: str, reason: str | None) -> None:
     if reason is not None:
-        raise ValueError(f"{op}: backend {backend!r} cannot be used here: {reason}")
+        raise Refused(f"{op}: backend {backend!r} cannot be used here: {reason}")
 
 
-def _on_gpu(x: Tensor) -> bool:
+def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 

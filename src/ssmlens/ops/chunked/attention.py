@@ -2,7 +2,8 @@
 
 How it is computed is in `pieces` (chunks and the states between them) and `decay` (the decays within a chunk); here are the
 operators torch.ops.ssmlens.chunked_attention and .chunked_attention_backward, which torch.compile takes as one node each, and
-their derivatives. Memory is linear in length: beside inputs and outputs one state (d_key, d_value) for each chunk.
+their derivatives, which the C++ operators in `ssmlens.ops.cpu` share. Memory is linear in length: beside inputs and outputs one
+state (d_key, d_value) for each chunk.
 Under vmap the mapped dimension is folded into the batch; gradients alone may be several for each sequence (`samples`).
 """
 
@@ -65,9 +66,11 @@ for _name, _run, _shapes in (
 
 
 def gated_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *, bonus: Maybe, h0: Maybe, reset: Maybe
+    q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *, bonus: Maybe, h0: Maybe, reset: Maybe, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`ssmlens.ops.gated_linear_attention`. y has v's dtype; states and decays are float32, or float64 where v is."""
+    """`ssmlens.ops.gated_linear_attention`. y has v's dtype; states and decays are float32, or float64 where v is.
+
+    compiled: by the C++ operators of `ssmlens.ops.cpu`, which have the same arguments and the same second derivatives."""
     if v.shape[1] == 1:  # generation: a state, written and read
         dtype = _check.state_dtype(v)
         y, final = reference.gated_linear_attention(
@@ -79,12 +82,12 @@ def gated_linear_attention(
         bonus = bonus.expand(v.shape[0], *bonus.shape)  # a batch of its own, so that it can be mapped like the others
     tensors = (q, k, v, log_a, bonus, h0)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y, final, _ = Attention.apply(*tensors, reset, save)
+    y, final, _ = Attention.apply(*tensors, reset, save, compiled)
     return y, final
 
 
 class Attention(torch.autograd.Function):
-    """(q, k, v, log_a, bonus, h0, reset, save) → (y, H_T, the states between chunks); bonus: (batch, heads, d_key)."""
+    """(q, k, v, log_a, bonus, h0, reset, save, compiled) → (y, H_T, the states between chunks); bonus: (batch, heads, d_key)."""
 
     @staticmethod
     def forward(  # spelled out: torch.compile counts these
@@ -96,12 +99,15 @@ class Attention(torch.autograd.Function):
         h0: Maybe,
         reset: Maybe,
         save: bool,
+        compiled: bool,
     ) -> Any:
-        return torch.ops.ssmlens.chunked_attention(q, k, v, log_a, bonus, h0, reset, save)
+        ops = torch.ops.ssmlens
+        run = ops.cpu_gated_linear_attention if compiled else ops.chunked_attention
+        return run(q, k, v, log_a, bonus, h0, reset, save)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.save = inputs
+        *tensors, ctx.save, ctx.compiled = inputs
         ctx.save_for_backward(*tensors, output[2])
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
@@ -114,8 +120,8 @@ class Attention(torch.autograd.Function):
             raise RuntimeError("gated_linear_attention: the forward pass ran without saving states for a backward pass")
         v, bonus, h0 = tensors[2], tensors[4], tensors[5]
         dy = torch.zeros_like(v) if dy is None else dy
-        *gradients, dbonus, dh0 = AttentionBackward.apply(dy, dfinal, states, *tensors, 1)
-        return *gradients, None if bonus is None else dbonus, None if h0 is None else dh0, None, None
+        *gradients, dbonus, dh0 = AttentionBackward.apply(dy, dfinal, states, *tensors, 1, ctx.compiled)
+        return *gradients, None if bonus is None else dbonus, None if h0 is None else dh0, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
@@ -129,7 +135,7 @@ class Attention(torch.autograd.Function):
 
 
 class AttentionBackward(torch.autograd.Function):
-    """(dy, dH_T, states, q, k, v, log_a, bonus, h0, reset, samples) → gradients to q, k, v, log_a, bonus, h0 (empty where there is
+    """(dy, dH_T, states, q, k, v, log_a, bonus, h0, reset, samples, compiled) → gradients to q, k, v, log_a, bonus, h0 (empty where there is
     no such input). dy, dH_T and the gradients hold `samples` times as many sequences as the inputs, one set after another."""
 
     @staticmethod
@@ -145,14 +151,15 @@ class AttentionBackward(torch.autograd.Function):
         h0: Maybe,
         reset: Maybe,
         samples: int,
+        compiled: bool,
     ) -> Any:
-        return torch.ops.ssmlens.chunked_attention_backward(
-            dy, dfinal, states, q, k, v, log_a, bonus, h0, reset, samples
-        )
+        ops = torch.ops.ssmlens
+        run = ops.cpu_gated_linear_attention_backward if compiled else ops.chunked_attention_backward
+        return run(dy, dfinal, states, q, k, v, log_a, bonus, h0, reset, samples)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        dy, dfinal, _, *tensors, ctx.samples = inputs
+        dy, dfinal, _, *tensors, ctx.samples, _ = inputs
         ctx.save_for_backward(dy, dfinal, *tensors)
         ctx.set_materialize_grads(False)
 
@@ -176,23 +183,23 @@ class AttentionBackward(torch.autograd.Function):
         outer = {name: g for name, g in zip(names[2:], above, strict=True) if g is not None}
         (second,) = pull({name: outer.get(name, torch.zeros_like(x)) for name, x in gradients.items()})
         dy, dfinal, *rest = (second.get(name) for name in names)
-        return dy, dfinal, None, *rest, None, None
+        return dy, dfinal, None, *rest, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        dy, dfinal, states, *inputs, samples = arguments
+        dy, dfinal, states, *inputs, samples, compiled = arguments
         size = info.batch_size
         several = [
             _front(x, dim, size) for x, dim in zip((dy, dfinal), in_dims[:2], strict=True)
         ]  # (size, samples · batch, ...)
-        if all(dim is None for dim in in_dims[2:-1]):  # gradients alone are mapped: more of them for the same sequences
+        if all(dim is None for dim in in_dims[2:-2]):  # gradients alone are mapped: more of them for the same sequences
             several = [None if x is None else x.flatten(0, 1) for x in several]
-            gradients = AttentionBackward.apply(*several, states, *inputs, samples * size)
+            gradients = AttentionBackward.apply(*several, states, *inputs, samples * size, compiled)
             return tuple(x.unflatten(0, (size, -1)) for x in gradients), (0,) * len(gradients)
-        inputs = [fold(x, dim, size) for x, dim in zip(inputs, in_dims[3:-1], strict=True)]
+        inputs = [fold(x, dim, size) for x, dim in zip(inputs, in_dims[3:-2], strict=True)]
         states = _front(states, in_dims[2], size).movedim(0, 1).flatten(1, 2)
         several = [None if x is None else x.unflatten(1, (samples, -1)).movedim(1, 0).flatten(0, 2) for x in several]
-        gradients = AttentionBackward.apply(*several, states, *inputs, samples)
+        gradients = AttentionBackward.apply(*several, states, *inputs, samples, compiled)
         return tuple(x.unflatten(0, (samples, size, -1)).movedim(1, 0).flatten(1, 2) for x in gradients), (0,) * len(
             gradients
         )

@@ -1,4 +1,4 @@
-"""S4D, time-invariant, as one FFT convolution with the impulse response K_j = Re(Σ_n C_n b̄_n ā_n^j); h_T beside it.
+"""S4D, time-invariant: as a selective scan with one Δ, or as one FFT convolution with the impulse response K_j = Re(Σ_n C_n b̄_n ā_n^j); h_T beside it.
 
 Powers are taken in two parts, ā^{iT + j} = (ā^T)^i · ā^j with j < T: every sum over them is then a product of matrices for each
 inner channel, and no (length, d_inner, d_state) array exists. Both parts are exp of multiples of dt A in float64, since a phase
@@ -8,6 +8,7 @@ x: (batch, length, d_inner)   A, B, C: (d_inner, d_state)   dt, D: (d_inner,)   
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def lti_convolution(
     b = reference.zero_order_hold(A, widened(B, wide), dt)[1].to(dtype)
     C = C.to(dtype)
     h0 = None if h0 is None else h0.to(dtype)
-    if reset is None:
+    if reset is None and x.shape[1] > 1:
         y, last = _convolution(x, A, b, C, dt, h0)
     else:
         y, last = _recurrence(x, reference.transition(dt[:, None], A).to(dtype), b, C, h0, reset)
@@ -39,8 +40,24 @@ def lti_convolution(
     return y.to(given), last
 
 
-def _recurrence(x: Tensor, a: Tensor, b: Tensor, C: Tensor, h0: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the state is emptied in between: the scan, a block of tokens at a time."""
+def by_scan(
+    scan: Callable[..., tuple[Tensor, Tensor]], x: Tensor, A: Tensor, B: Tensor, C: Tensor, dt: Tensor, *,
+    D: Tensor | None, h0: Tensor | None, reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same by a backend's `selective_scan`, which multiplies its B by Δ where the hold has (exp(Δ A) - 1)/A."""
+    real = _check.state_dtype(x)
+    A, dt = widened(A, real), dt.to(real)
+    nothing = dt == 0  # then B is the limit
+    wide = torch.where(nothing, 1, dt).double()
+    hold = reference.zero_order_hold(widened(A, torch.float64), widened(B, torch.float64), wide)[1] / wide[:, None]
+    gain = torch.where(nothing[:, None], B, hold.to(dtype=torch.promote_types(A.dtype, B.dtype)))
+    return scan(x, dt.expand(x.shape), A, gain, C, D=D, h0=h0, reset=reset)
+
+
+def _recurrence(
+    x: Tensor, a: Tensor, b: Tensor, C: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For a single token, or where the state is emptied in between: the scan, a block of tokens at a time."""
     batch, _, d_inner = x.shape
     start = torch.zeros(batch, d_inner, a.shape[1], dtype=a.dtype, device=x.device) if h0 is None else h0
 

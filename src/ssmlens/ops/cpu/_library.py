@@ -26,6 +26,7 @@ _SCAN = (
 )
 _LINEAR = "Tensor a, Tensor u, Tensor? h0, Tensor? reset"
 _CONVOLUTION = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial, Tensor? reset"
+_ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor? bonus, Tensor? h0, Tensor? reset"
 _NORM = "Tensor x, Tensor? weight, float eps"
 _RWKV4 = "Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? p, Tensor? s, Tensor? m, Tensor? reset"
 
@@ -45,6 +46,9 @@ for _signature in (
     f"cpu_rwkv4_attention({_RWKV4}, bool save) -> {_tensors(5)}",
     f"cpu_rwkv4_attention_backward(Tensor dy, Tensor? dp, Tensor? ds, Tensor? dm, Tensor saved, {_RWKV4}, int samples) "
     f"-> {_tensors(8)}",
+    f"cpu_gated_linear_attention({_ATTENTION}, bool save) -> {_tensors(3)}",
+    f"cpu_gated_linear_attention_backward(Tensor dy, Tensor? dfinal, Tensor saved, {_ATTENTION}, int samples) "
+    f"-> {_tensors(6)}",
     f"cpu_rms_norm({_NORM}) -> {_tensors(2)}",
     f"cpu_rms_norm_backward(Tensor dy, Tensor inverse, {_NORM}, int samples) -> {_tensors(2)}",
     "cpu_exponentials(Tensor dt, Tensor A) -> Tensor",
@@ -304,6 +308,52 @@ def _rwkv4_backward(outputs: tuple[Tensor, ...], dy: Tensor, dp: Maybe, ds: Mayb
     )
 
 
+# ----------------------------------------------------------------------------------------------- gated_linear_attention
+
+ATTENTION_CHUNK = 64  # tokens between saved states, in attention.h
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(batch, length, heads, width) → (batch, length, heads · width), as the kernels read it."""
+    return _rows(x.flatten(2))
+
+
+def _attention_arguments(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, bonus: Maybe, h0: Maybe,
+                         reset: Maybe) -> tuple[Any, ...]:  # fmt: skip
+    given = (*(_heads(x) for x in (q, k, v, log_a)), _dense(bonus), _dense(h0), reset)
+    return *given, q.shape[2], v.shape[2], torch.get_num_threads()
+
+
+def _attention_outputs(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, bonus: Maybe, h0: Maybe, reset: Maybe,
+                       save: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, length, heads, d_value), dtype = v.shape, _real_state(v)
+    state = (batch, heads, q.shape[3], d_value)
+    saved = v.new_empty((_chunks(length, ATTENTION_CHUNK) + 1, *state) if save else 0, dtype=dtype)
+    return _like(v), v.new_empty(state, dtype=dtype), saved
+
+
+def _attention(outputs: tuple[Tensor, ...], *arguments: Any) -> None:
+    *rest, _ = arguments
+    y, *states = outputs
+    torch.ops.ssmlens_cpu.gated_linear_attention(*_attention_arguments(*rest), y.flatten(2), *states)
+
+
+def _attention_gradients(dy: Tensor, dfinal: Maybe, saved: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor,
+                         bonus: Maybe, h0: Maybe, reset: Maybe, samples: int) -> tuple[Tensor, ...]:  # fmt: skip
+    some = (_like(x, (dy.shape[0], *x.shape[1:])) for x in (q, k, v, log_a))
+    return *some, *(_optional(x, None if x is None else (dy.shape[0], *x.shape[1:])) for x in (bonus, h0))
+
+
+def _attention_backward(outputs: tuple[Tensor, ...], dy: Tensor, dfinal: Maybe, saved: Tensor,
+                        *arguments: Any) -> None:  # fmt: skip
+    *attention, _ = arguments
+    *several, dbonus, dh0 = outputs
+    torch.ops.ssmlens_cpu.gated_linear_attention_backward(
+        _heads(dy), _dense(dfinal), saved, *_attention_arguments(*attention), *(x.flatten(2) for x in several),
+        _present(dbonus, attention[4]), _present(dh0, attention[5]),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------- rms_norm
 
 
@@ -336,6 +386,8 @@ _operator("cpu_causal_conv1d", _convolution_outputs, _convolution)
 _operator("cpu_causal_conv1d_backward", _convolution_gradients, _convolution_backward)
 _operator("cpu_rwkv4_attention", _rwkv4_outputs, _rwkv4)
 _operator("cpu_rwkv4_attention_backward", _rwkv4_gradients, _rwkv4_backward)
+_operator("cpu_gated_linear_attention", _attention_outputs, _attention)
+_operator("cpu_gated_linear_attention_backward", _attention_gradients, _attention_backward)
 _operator("cpu_rms_norm", _norm_outputs, _norm)
 _operator("cpu_rms_norm_backward", _norm_gradients, _norm_backward)
 _operator("cpu_exponentials", _exponential_sums, _exponentials)

@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -27,9 +28,9 @@ from ssmlens.cache import directory as cache_directory
 from ssmlens.errors import UserError
 
 _HERE = Path(__file__).parent
-_SOURCE = _HERE / "scan.cpp"
+_SOURCES = [_HERE / "scan.cpp", _HERE / "attention.cpp"]  # as many at a time as there are
 # -O2: the loops that matter are vectors, written out; -O3 takes longer to compile and runs no faster. No -ffast-math: it turns exp(NaN) into 0. Without -fno-trapping-math the selects inside exp are not vectorised.
-_FLAGS = ["-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi"]
+_FLAGS = ["-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-psabi"]
 
 _CHECKSUM = hashlib.sha256().digest_size
 
@@ -111,10 +112,13 @@ def find_compiler() -> list[str]:
 def flags() -> list[str]:
     """Compiler flags for this machine."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    include = Path(torch.__file__).parent / "include"
-    library = Path(torch.__file__).parent / "lib"
+    return [*_FLAGS, native, "-isystem", str(Path(torch.__file__).parent / "include")]
+
+
+def libraries() -> list[str]:
+    """What the library is linked with."""
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    return [*_FLAGS, native, "-isystem", str(include), f"-L{library}", "-ltorch_cpu", "-lc10", *undefined]
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10", *undefined]
 
 
 def cache_key(compiler: list[str]) -> str:
@@ -126,9 +130,9 @@ def cache_key(compiler: list[str]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the compiler {shlex.join(compiler)!r} does not run ({error})") from error
     digest = hashlib.sha256()
-    for source in [_SOURCE, *sorted(_HERE.glob("*.h"))]:
+    for source in [*_SOURCES, *sorted(_HERE.glob("*.h"))]:
         digest.update(source.read_bytes())
-    for part in (version, torch.__version__, shlex.join([*compiler, *flags()]), processor()):
+    for part in (version, torch.__version__, shlex.join([*compiler, *flags(), *libraries()]), processor()):
         digest.update(b"\0" + part.encode())
     return f"cpu-{digest.hexdigest()[:24]}"
 
@@ -169,13 +173,36 @@ def build(compiler: list[str], path: Path) -> None:
 
 
 def _compile(compiler: list[str], output: Path) -> None:
-    command = [*compiler, str(_SOURCE), "-o", str(output), *flags()]
+    """Every source by itself, all at the same time, then one library of them."""
+    with tempfile.TemporaryDirectory() as directory:
+        objects = [Path(directory) / f"{source.stem}.o" for source in _SOURCES]
+        compiling = [
+            _start([*compiler, "-c", str(source), "-o", str(made), *flags()])
+            for source, made in zip(_SOURCES, objects, strict=True)
+        ]
+        try:
+            for process in compiling:
+                _finish(compiler, process)
+        finally:
+            for process in compiling:
+                process.kill()
+                process.wait()
+        _finish(compiler, _start([*compiler, *map(str, objects), "-o", str(output), "-shared", *libraries()]))
+
+
+def _start(command: list[str]) -> "subprocess.Popen[str]":
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{shlex.join(compiler)} took more than ten minutes") from error
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     except OSError as error:
-        raise BuildError(f"the compiler {shlex.join(compiler)!r} does not run ({error})") from error
-    if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise BuildError(f"the compiler {command[0]!r} does not run ({error})") from error
+
+
+def _finish(compiler: list[str], process: "subprocess.Popen[str]") -> None:
+    try:
+        _, said = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise BuildError(f"{shlex.join(compiler)} took more than ten minutes") from error
+    if process.returncode != 0:
+        errors = [line for line in said.splitlines() if "error" in line] or said.splitlines()
         raise BuildError(f"{shlex.join(compiler)} failed ({errors[0].strip() if errors else 'no message'})")

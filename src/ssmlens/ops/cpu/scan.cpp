@@ -1,12 +1,5 @@
-// Registers the CPU kernels as torch.ops.ssmlens_cpu.*; _library.py gives them gradients and fake kernels. The only file that
-// knows PyTorch, and only its stable ABI (PyTorch 2.10 and later). Callers have checked shapes, dtypes and layouts:
-// tensors (batch, length, entries) are contiguous in their last dimension and may be in half precision; all others are
-// contiguous and in the precision of the computation.
-#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <optional>
+// Registers the CPU kernels as torch.ops.ssmlens_cpu.*; _library.py gives them gradients and fake kernels.
+#include "torch.h"
 
 #include "causal_conv1d.h"
 #include "exponentials.h"
@@ -17,40 +10,9 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
-using namespace ssmlens;
-
-// Every unit of work is large, so one per thread is enough to share; PyTorch's own pool, PyTorch's number of threads.
-const auto parallel = [](int64_t units, const auto& work) { torch::stable::parallel_for(0, units, 1, work); };
-
 bool is_complex(const Tensor& t) {
   return t.scalar_type() == ScalarType::ComplexFloat || t.scalar_type() == ScalarType::ComplexDouble;
 }
-template <class Byte> AnyRows<Byte> any_rows(const Tensor& t, Byte* data) {
-  const ScalarType type = t.scalar_type();
-  const int64_t size = t.element_size();
-  return {data, t.stride(0) * size, t.stride(1) * size,
-          type == ScalarType::BFloat16 ? Format::bfloat16 : type == ScalarType::Half ? Format::float16 : Format::full};
-}
-Rows rows(const Tensor& t) { return any_rows(t, static_cast<const char*>(t.const_data_ptr())); }
-Rows rows(const Maybe& t) { return t ? rows(*t) : Rows{}; }
-OutRows out_rows(const Tensor& t) { return any_rows(t, static_cast<char*>(t.mutable_data_ptr())); }
-OutRows out_rows(const Maybe& t) { return t ? out_rows(*t) : OutRows{}; }
-template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-template <class T> const T* data(const Maybe& t) { return t ? data<T>(*t) : nullptr; }
-template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
-template <class T> T* out(const Maybe& t) { return t ? out<T>(*t) : nullptr; }
-
-template <class F> void dispatch(const Tensor& like, const F& f) {
-  if (like.scalar_type() == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
 template <template <class, bool> class Scan, class F> void dispatch_scan(const Tensor& like, const F& f) {
   switch (like.scalar_type()) {
     case ScalarType::Double: return f(Scan<double, false>{});
@@ -95,7 +57,7 @@ NOINLINE void selective_scan(const Tensor& x, const Tensor& dt, const Tensor& A,
     using Scan = decltype(s);
     prepare(s, x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
     s.forward({out_rows(y), out<typename Scan::K>(final_state), saved.numel() ? out<typename Scan::N>(saved) : nullptr},
-              parallel);
+              fading);
   });
 }
 
@@ -111,7 +73,7 @@ NOINLINE void selective_scan_backward(const Tensor& dy, const Maybe& dfinal, con
     prepare(s, x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, chunk);
     s.backward({dy.size(0), samples, rows(dy), data<typename Scan::N>(saved), data<K>(dfinal), out_rows(dx), out_rows(ddt),
                 out_rows(dz), gradient<Scan>(dB, B), gradient<Scan>(dC, C), out<K>(dA), out<T>(dD), out<T>(ddt_bias), out<K>(dh0)},
-               parallel);
+               fading);
   });
 }
 
@@ -132,7 +94,7 @@ NOINLINE void linear_scan(const Tensor& a, const Tensor& u, const Maybe& h0, con
   dispatch_scan<LinearScan>(final_state, [&](auto like) {
     using K = typename decltype(like)::K;
     linear<decltype(like)>(a, u, h0, reset)
-        .forward(out_rows(h), out<K>(final_state), saved.numel() ? out<K>(saved) : nullptr, parallel);
+        .forward(out_rows(h), out<K>(final_state), saved.numel() ? out<K>(saved) : nullptr, fading);
   });
 }
 NOINLINE void linear_scan_backward(const Tensor& dh, const Maybe& dfinal, const Tensor& saved, const Tensor& a, const Tensor& u,
@@ -140,7 +102,7 @@ NOINLINE void linear_scan_backward(const Tensor& dh, const Maybe& dfinal, const 
   dispatch_scan<LinearScan>(saved, [&](auto like) {
     using K = typename decltype(like)::K;
     linear<decltype(like)>(a, u, h0, reset)
-        .backward({dh.size(0), rows(dh), data<K>(dfinal), data<K>(saved), out_rows(da), out_rows(du), out<K>(dh0)}, parallel);
+        .backward({dh.size(0), rows(dh), data<K>(dfinal), data<K>(saved), out_rows(da), out_rows(du), out<K>(dh0)}, fading);
   });
 }
 
@@ -167,7 +129,7 @@ NOINLINE void causal_conv1d_backward(const Tensor& dy, const Tensor& x, const Te
   dispatch(weight, [&](auto zero) {
     using T = decltype(zero);
     convolution<T>(x, weight, bias, silu, initial, reset)
-        .backward({dy.size(0), samples, rows(dy), out_rows(dx), out<T>(dweight), out<T>(dbias), out_rows(dinitial)}, parallel);
+        .backward({dy.size(0), samples, rows(dy), out_rows(dx), out<T>(dweight), out<T>(dbias), out_rows(dinitial)}, fading);
   });
 }
 
@@ -185,7 +147,7 @@ NOINLINE void rwkv4_attention(const Tensor& r, const Tensor& k, const Tensor& v,
     using T = decltype(zero);
     rwkv4<T>(r, k, v, w, u, p, s, m, reset)
         .forward(out_rows(y), out<T>(p_final), out<T>(s_final), out<T>(m_final), saved.numel() ? out<T>(saved) : nullptr,
-                 parallel);
+                 fading);
   });
 }
 NOINLINE void rwkv4_attention_backward(const Tensor& dy, const Maybe& dp, const Maybe& ds, const Maybe& dm, const Tensor& saved,
@@ -197,7 +159,7 @@ NOINLINE void rwkv4_attention_backward(const Tensor& dy, const Maybe& dp, const 
     rwkv4<T>(r, k, v, w, u, p, s, m, reset)
         .backward({dy.size(0), samples, rows(dy), data<T>(saved), data<T>(dp), data<T>(ds), data<T>(dm), out_rows(dr),
                    out_rows(dk), out_rows(dv), out<T>(dw), out<T>(du), out<T>(dp0), out<T>(ds0), out<T>(dm0)},
-                  parallel);
+                  fading);
   });
 }
 
@@ -216,7 +178,7 @@ NOINLINE void rms_norm_backward(const Tensor& dy, const Tensor& inverse, const T
   dispatch(inverse, [&](auto zero) {
     using T = decltype(zero);
     norm<T>(x, weight, eps)
-        .backward({dy.size(0), samples, rows(dy), data<T>(inverse), out_rows(dx), out<T>(dweight)}, parallel);
+        .backward({dy.size(0), samples, rows(dy), data<T>(inverse), out_rows(dx), out<T>(dweight)}, fading);
   });
 }
 
@@ -247,6 +209,11 @@ STABLE_TORCH_LIBRARY(ssmlens_cpu, m) {
         "Tensor v, Tensor w, Tensor u, Tensor? p, Tensor? s, Tensor? m, Tensor? reset, int samples, Tensor(a!) dr, "
         "Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dw, Tensor(e!) du, Tensor(f!)? dp0, Tensor(g!)? ds0, Tensor(h!)? dm0) "
         "-> ()");
+  m.def("gated_linear_attention(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor? bonus, Tensor? h0, Tensor? reset, "
+        "int groups, int heads, int threads, Tensor(a!) y, Tensor(b!) final_state, Tensor(c!) saved) -> ()");
+  m.def("gated_linear_attention_backward(Tensor dy, Tensor? dfinal, Tensor saved, Tensor q, Tensor k, Tensor v, Tensor log_a, "
+        "Tensor? bonus, Tensor? h0, Tensor? reset, int groups, int heads, int threads, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+        "Tensor(d!) dlog_a, Tensor(e!)? dbonus, Tensor(f!)? dh0) -> ()");
   m.def("rms_norm(Tensor x, Tensor? weight, float eps, Tensor(a!) y, Tensor(b!) inverse) -> ()");
   m.def("rms_norm_backward(Tensor dy, Tensor inverse, Tensor x, Tensor? weight, float eps, int samples, Tensor(a!) dx, "
         "Tensor(b!)? dweight) -> ()");

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssmlens.ops.chunked.lti import by_scan
+
 __all__ = [
-    "available", "causal_conv1d", "gated_linear_attention", "linear_scan", "selective_scan", "supports_causal_conv1d",
+    "available", "causal_conv1d", "gated_linear_attention", "linear_scan", "lti_convolution", "selective_scan", "supports_causal_conv1d",
     "supports_gated_linear_attention", "supports_linear_scan", "supports_selective_scan", "why_unavailable",
 ]  # fmt: skip
 
@@ -99,6 +101,21 @@ def selective_scan(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needed)
     y, final_state, _ = _functions().SelectiveScan.apply(x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, reset, save)
     return y, final_state
+
+
+def lti_convolution(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    *,
+    D: Tensor | None = None,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssmlens.ops.lti_convolution` as a scan, where `supports_selective_scan`."""
+    return by_scan(selective_scan, x, A, B, C, dt, D=D, h0=h0, reset=reset)
 
 
 def linear_scan(
