@@ -179,7 +179,10 @@ def test_the_synthetic_needle_is_scored_by_the_most_probable_token():
     n = needle.measure_synthetic("knows", Knows(10), stream, [16, 32], [0.0, 0.5, 1.0], prompts=10)
     assert [sum(n.cells[16, d].right) for d in (0.0, 0.5, 1.0)] == [0, 10, 10]
     assert [sum(n.cells[32, d].right) for d in (0.0, 0.5, 1.0)] == [0, 0, 10]
-    record = needle_record.record([n], synthetic=True, config={}, seeds=[0], notes=[], chance=25)
+    record = needle_record.record([n], synthetic=True, config={}, seeds=[0], notes=[], chance=25, trained=16)
+    assert record.verdict[1:] == [
+        "Of needles in texts no longer than those of training (16 tokens) knows 66.7 % are found."
+    ]
     assert record.maps[0].panels[0].values == [[0, 100, 100], [0, 0, 100]]
     assert record.figures[0].series[0].y == [0, 50, 100]
     assert record.complete
@@ -370,7 +373,7 @@ def test_a_model_trained_on_the_synthetic_needle_is_recognised(tmp_path):
 
 def test_killed_in_the_middle_and_resumed_it_ends_as_if_nothing_had_been(tmp_path):
     small().save_pretrained(tmp_path / "m")
-    arguments = ["needle", tmp_path / "m", "--lengths", "450,900", "--depths", 5, "--device", "cpu"]
+    arguments = ["needle", tmp_path / "m", "--lengths", "450,900", "--depths", 3, "--device", "cpu"]
 
     def command(out, *more):
         return [str(a) for a in (*arguments, "--out", tmp_path / out, *more)]
@@ -392,7 +395,7 @@ def test_killed_in_the_middle_and_resumed_it_ends_as_if_nothing_had_been(tmp_pat
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         kept = json.loads(cells.read_text())["cells"]
-        assert 2 <= len(kept) < 12
+        assert 2 <= len(kept) < 8
         assert not (tmp_path / "cut" / "results.json").exists()
         again = CliRunner().invoke(app, command("cut"))
         assert "--resume" in str(again.exception)

@@ -188,7 +188,7 @@ def test_parquet(tmp_path, described):
 
 def test_without_the_package_datasets_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'ssmlens\[images\]'"):
+    with pytest.raises(UserError, match=r"pip install 'ssmlens\[data\]'"):
         images.read("datasets:uoft-cs/cifar10", cache=tmp_path)
 
 

@@ -150,7 +150,14 @@ def _synthetic(
         "Errors and intervals are over prompts: how another training of the same model would do, they do not say.",
     ]
     return needle_record.record(
-        found, synthetic=True, config=identity, seeds=[config.seed], notes=notes, chance=100 / config.keys, device=on
+        found,
+        synthetic=True,
+        config=identity,
+        seeds=[config.seed],
+        notes=notes,
+        chance=100 / config.keys,
+        device=on,
+        trained=config.length,
     )
 
 

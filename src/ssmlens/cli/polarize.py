@@ -39,9 +39,9 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
                 new = polarize(model, polarization, seed=seed)
             except UserError as e:
                 raise UserError(f"{path}: {e}") from None
-            tokens = torch.randint(0, new.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+            inputs = _random(new.config, torch.Generator().manual_seed(seed))
             with torch.no_grad():
-                before, after = model(input_ids=tokens).logits, new(tokens).logits
+                before, after = model(inputs).logits, new(inputs).logits
             change = float((after - before).abs().max() / before.abs().max())
             if not change <= 1e-4:
                 raise UserError(f"{path}: its logits would change by {change:.2g} (relative); nothing was written")
@@ -65,6 +65,15 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
         tables=[table], config={"ones": ones, "zeros": zeros, "seed": seed}, seeds=[seed], provenance=results.provenance(),
     )  # fmt: skip
     finish(record, out, json)
+
+
+def _random(config: Any, generator: Any) -> Any:
+    """Tokens, or, for a classifier, vectors in [0, 1]."""
+    import torch
+
+    if hasattr(config, "vocab_size"):
+        return torch.randint(0, config.vocab_size, (1, LENGTH), generator=generator)
+    return torch.rand(1, min(LENGTH, (config.positions or LENGTH + 1) - 1), config.d_input, generator=generator)
 
 
 def _state_size(model: Any) -> int:

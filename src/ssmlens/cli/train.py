@@ -111,7 +111,7 @@ def _loaded(start: str) -> Any:
     model = load(start)
     if not isinstance(model, LanguageModel | Classifier):
         raise UserError(
-            f"{start} is a {type(model).__name__} of transformers; only ssmlens models and converted families can be trained"
+            f"{start} is a {type(model).__name__}, which is not trained here; only ssmlens models and converted families can be trained"
         )
     return model.train()
 

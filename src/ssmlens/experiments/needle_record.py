@@ -10,14 +10,15 @@ from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, p
 
 def record(
     found: Sequence[Needle], *, synthetic: bool, config: Mapping[str, Any], seeds: list[int], notes: Sequence[str], chance: float = math.nan,
-    device: str = "cpu",
+    device: str = "cpu", trained: int | None = None,
 ) -> Record:  # fmt: skip
-    """Tables, curve over depth, heat maps, verdict. chance: accuracy in % of guessing, of the synthetic task. device: where it was measured."""
+    """Tables, curve over depth, heat maps, verdict. device: where it was measured. Of the synthetic task, chance: accuracy in % of guessing;
+    trained: the longest length of training."""
     whats = ["right"] if synthetic else ["right", "generated"]
     return Record(
         kind="needle",
         title="Needle in a haystack: " + ", ".join(n.name for n in found),
-        verdict=[verdict(n, synthetic) for n in found],
+        verdict=[*(verdict(n, synthetic) for n in found), *_within(found, trained)],
         tables=[_table(found, what, synthetic) for what in whats],
         figures=[
             *(_by_depth(found, what, synthetic, chance) for what in whats),
@@ -30,6 +31,15 @@ def record(
         complete=all(n.complete for n in found),
         provenance=provenance(device),
     )
+
+
+def _within(found: Sequence[Needle], trained: int | None) -> list[str]:
+    """What each model finds in texts no longer than in training, where there are longer ones too."""
+    inside = [length for length in found[0].lengths if trained is not None and length <= trained]
+    if not inside or len(inside) == len(found[0].lengths):
+        return []
+    shares = [f"{n.name} {n.accuracy([k for k in n.cells if k[0] in inside]).value:.1f} %" for n in found]
+    return [f"Of needles in texts no longer than those of training ({trained} tokens) {', '.join(shares)} are found."]
 
 
 def slow(found: Sequence[Needle]) -> list[str]:
@@ -64,7 +74,8 @@ def verdict(n: Needle, synthetic: bool = False) -> str:
             f"{n.name} does not answer by the text more often than without any needle ({n.over_control().value:+.1f} points, "
             f"95 % interval {over[0]:+.1f} to {over[1]:+.1f}): too weak a model for this test, or one that has forgotten it all."
         )
-    interval = f"recency index {index.value:+.0f} points, 95 % interval {bounds[0]:+.0f} to {bounds[1]:+.0f}"
+    digits = 1 if max(map(abs, bounds)) < 10 else 0
+    interval = f"recency index {index.value:+.{digits}f} points, 95 % interval {bounds[0]:+.{digits}f} to {bounds[1]:+.{digits}f}"
     if bounds[0] > 0:
         return f"{n.name} finds needles near the end better than those near the beginning: {numbers} ({interval})."
     if bounds[1] < 0:

@@ -1,6 +1,6 @@
 """Does polarization help a model that is trained already? A worked example, not one of the paper's.
 
-A default Mamba learns real text (the English reference inside Python), then goes on for a while in three ways from the same weights, on
+A default Mamba learns real text (the English reference inside Python, or `--data FILE,FILE,...`), then goes on for a while in three ways from the same weights, on
 the same batches, for the same number of steps:
 
     as it is            no polarization, all parameters
@@ -13,6 +13,7 @@ A seed is one training from scratch with its three continuations; differences ar
 """
 
 import copy
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +21,17 @@ from typing import Any
 
 import torch
 
+from ssmlens import files
+from ssmlens.errors import UserError
 from ssmlens.experiments import needle
 from ssmlens.experiments.base import Item, Request, choose
 from ssmlens.results import Cell, Column, Figure, Record, Series, Table, Value, provenance
+from ssmlens.tasks import corpus
+from ssmlens.tasks.corpus import Corpus, CorpusConfig, CorpusStream
 from ssmlens.training import TrainConfig, sweep, sweep_provenance, train
 from ssmlens.training.schedulers import Report
 
+SOURCE = "text.json"
 WAYS = {"before": "before", "plain": "as it is", "polarized": "polarized", "new": "new rows alone"}
 # name, unit, meaning
 MEASURES = {
@@ -71,29 +77,39 @@ def run(request: Request) -> Record:
     choose("scale", request.scale, SCALES)
     scale = SCALES[request.scale]
     seeds = list(range(request.seeds or scale.seeds))
+    source = request.data or corpus.PYTHON_REFERENCE
+    text = corpus.read(source)
+    # a run knows its text by name and contents; where that lies stands beside the runs and may change
+    files.write(files.make_directory(request.out) / SOURCE, json.dumps(source) + "\n")
+    known = {"name": text.name, "sha256": text.sha256}
     jobs = [
-        (f"seed{s}", {"item": "retrofit", "scale": request.scale, "sizes": asdict(scale), "seed": s}) for s in seeds
-    ]
+        (f"seed{s}", {"item": "retrofit", "scale": request.scale, "sizes": asdict(scale), "text": known, "seed": s}) for s in seeds
+    ]  # fmt: skip
     results = sweep(
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
         progress=request.progress, title=f"retrofit, {request.scale}",
     )  # fmt: skip
-    return record(request.scale, seeds, results, sweep_provenance(request.out, results))
+    return record(request.scale, seeds, results, sweep_provenance(request.out, results), text)
 
 
 def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
     """One seed: the training, the three continuations, the measurements. Resumes from what is in `directory`."""
     from ssmlens.models import LanguageModel, LanguageModelConfig
     from ssmlens.models.retrofit import polarize, train_only_new
-    from ssmlens.tasks.corpus import CorpusConfig, CorpusStream
 
     scale, seed = SCALES[config["scale"]], int(config["seed"])
     total, before = scale.steps + 3 * scale.more, 0
+    source = json.loads((directory.parents[1] / SOURCE).read_text(encoding="utf-8"))
+    text = corpus.read(source)
+    if text.sha256 != config["text"]["sha256"]:
+        raise UserError(f"{source} is not the text that this run began with: give that one, or another --out")
 
     def stream(seed: int) -> CorpusStream:
         return CorpusStream(
-            CorpusConfig(length=scale.length, batch_size=scale.batch_size, seed=seed, validation_windows=scale.windows)
-        )
+            CorpusConfig(
+                text=source, length=scale.length, batch_size=scale.batch_size, seed=seed, validation_windows=scale.windows
+            )
+        )  # fmt: skip
 
     def trained(
         model: LanguageModel, name: str, steps: int, lr: float, data: CorpusStream, groups: Any = None
@@ -129,21 +145,18 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
         way: {
             "seconds": seconds[way],
             "parameters": sum(p.numel() for p in model.parameters()),
-            **measure(model, scale, seed),
+            **measure(model, scale, seed, text),
         }
         for way, model in models.items()
     }
 
 
-def measure(model: Any, scale: Scale, seed: int) -> dict[str, Any]:
+def measure(model: Any, scale: Scale, seed: int, text: Corpus) -> dict[str, Any]:
     """Bits a byte on held-out text and on text of training, the influence curve and its numbers, and what needles are worth by depth."""
     from ssmlens.lens import influence
-    from ssmlens.tasks import corpus
-    from ssmlens.tasks.corpus import Corpus
     from ssmlens.tasks.facts import FACTS
     from ssmlens.tasks.needle import Grid, Haystack
 
-    text = corpus.python_reference()
     seen = Corpus(text.name, text.heldout, text.train)  # windows are cut from what is held out
     i = influence.measure(model, corpus.windows(text, scale.length, scale.sequences).tokens, seed=seed)
 
@@ -164,10 +177,17 @@ def measure(model: Any, scale: Scale, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _bytes(text: Corpus) -> str:
+    size = f"{len(text.train):,} bytes to train on, {len(text.heldout):,} held out"
+    return (
+        f"bytes of Python's own reference ({size})"
+        if text.name == corpus.PYTHON_REFERENCE
+        else f"bytes of {text.name} ({size})"
+    )
+
+
 def _bits(model: Any, text: Any, scale: Scale) -> float:
     """Bits a byte on what the text holds out."""
-    from ssmlens.tasks import corpus
-
     losses = []
     with torch.no_grad(), needle.evaluating(model):
         for tokens, targets in zip(
@@ -177,7 +197,7 @@ def _bits(model: Any, text: Any, scale: Scale) -> float:
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses) / math.log(2)
 
 
-def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: dict[str, Any]) -> Record:
+def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: dict[str, Any], text: Corpus) -> Record:
     scale = SCALES[scale_name]
     found = {s: {way: _numbers(results[f"seed{s}"][way], scale) for way in WAYS} for s in seeds}
 
@@ -199,7 +219,7 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
             columns=[Column(name="model"), *columns, Column(name="parameters")],
             meaning="All three continuations begin at the model of the first row and see the same batches. Where the loss on text of training is far "
             "below that on held-out text, a model knows the former by heart, and going on makes the latter worse.",
-            method=f"{scale.layers} layers, d_model {scale.d_model}, bytes of Python's own reference, length {scale.length}, batch {scale.batch_size}: "
+            method=f"{scale.layers} layers, d_model {scale.d_model}, {_bytes(text)}, length {scale.length}, batch {scale.batch_size}: "
             f"{scale.steps} steps at {scale.lr:g}, then {scale.more} at {scale.more_lr:g}, {repeated:,} bytes a step; {scale.windows} windows for each "
             f"loss; influence by 8 probes on {scale.sequences} of the held-out ones. Mean ± standard error over seeds.",
         ),
@@ -224,6 +244,22 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
         )
         for way, label in WAYS.items()
     ]
+    bins = [(round(2 ** (k / 2)), round(2 ** ((k + 1) / 2))) for k in range(int(2 * math.log2(scale.length)))]
+    bins = [(a, min(b, scale.length)) for a, b in bins if a < b]
+    against = [
+        _curve(
+            WAYS[way],
+            [float(a) for a, _ in bins],
+            [
+                [
+                    sum(results[f"seed{s}"][way]["curve"][a:b]) / sum(results[f"seed{s}"]["plain"]["curve"][a:b])
+                    for a, b in bins
+                ]
+                for s in seeds
+            ],
+        )
+        for way in ("before", "polarized", "new")
+    ]
     needles = [
         _curve(label, [100 * d for d in scale.depths], [results[f"seed{s}"][way]["needle"] for s in seeds])
         for way, label in WAYS.items()
@@ -233,6 +269,13 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
             id="influence", title="Influence over distance", x_label="distance (tokens)", y_label="influence, relative to distance 1",
             x_scale="log", y_scale="log", series=curves, meaning="How much a token still moves the last state, by how far back it lies.",
             method="Mean over seeds of the root mean square score; bands are standard errors over seeds.",
+        ),
+        Figure(
+            id="influence-ratio", title="Influence over distance, against as it is", x_label="distance (tokens)",
+            y_label="influence / that without polarization", x_scale="log",
+            series=[*against, Series(name="the same", x=[1.0, float(bins[-1][0])], y=[1.0, 1.0], style="fit", group="paper")],
+            meaning="Above 1: a token that far back moves the last state more than it does in the model that went on without polarization.",
+            method="Sums over bins of distance that grow by √2, their ratio seed by seed, then the mean over seeds; bands are standard errors over seeds.",
         ),
         Figure(
             id="needle", title="What a needle is worth", x_label="depth of the needle (% of the text before it)",
@@ -246,10 +289,16 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
         f"Training on without polarization, against before: {_says(gain('plain', 'bits', 'before'), 'bits')}.",
         *(
             f"{label[0].upper()}{label[1:]}, against an equally long training without polarization: "
-            + "; ".join(_says(gain(way, key), key) for key in WORDS) + "."
+            + "; ".join(_says(gain(way, key), key) for key in WORDS)
+            + f". Against before: {_says(gain(way, 'bits', 'before'), 'bits')}."
             for way, label in list(WAYS.items())[2:]
         ),
     ]  # fmt: skip
+    worth = [of(way, "needle").interval() for way in WAYS]
+    if all(bounds is not None and bounds[0] <= 0 <= bounds[1] for bounds in worth):
+        verdict.append(
+            "In none of the four is a far needle worth anything that these seeds can tell from zero: what differs there is next to nothing."
+        )
     if scale_name == "smoke":
         verdict = [
             "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
@@ -261,7 +310,8 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
     return Record(
         kind="reproduce", title=f"Polarizing a trained Mamba ({scale_name} scale)", verdict=verdict, tables=tables, figures=figures,
         notes=[f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {seconds / 3600:.2f} core-hours of training.", *(f"Runs made by {o}." for o in origin)],
-        config={"item": "retrofit", "scale": scale_name, "sizes": asdict(scale)}, seeds=seeds, provenance=provenance(),
+        config={"item": "retrofit", "scale": scale_name, "sizes": asdict(scale), "text": {"name": text.name, "sha256": text.sha256}}, seeds=seeds,
+        provenance=provenance(),
     )  # fmt: skip
 
 
@@ -286,5 +336,6 @@ def _says(v: Value, key: str) -> str:
 
 
 ITEM = Item(
-    name="retrofit", title="a trained Mamba, polarized and trained on", source="not in the paper", scales=tuple(SCALES), variants=(), run=run
+    name="retrofit", title="a trained Mamba, polarized and trained on", source="not in the paper", scales=tuple(SCALES), variants=(), run=run,
+    takes=("data",),
 )  # fmt: skip

@@ -125,8 +125,9 @@ class Diagnosis(Shown):
             if made.cost
         ]
         if len(self.subjects) - len(self.untrained) > 1:
+            over = "inputs: others" if any(s.access.vectors for s in self.subjects) else "text: another text"
             notes.append(
-                "Errors are over text: another text would give other numbers. Two trainings of the same configuration would differ too."
+                f"Errors are over {over} would give other numbers. Two trainings of the same configuration would differ too."
             )
         return Record(
             kind="diagnosis", title=self.title, verdict=self.verdict(), tables=self.tables(), figures=self.figures(), maps=self.maps(),

@@ -2,6 +2,7 @@
 
 x: (batch, length, d_model), the residual stream; a state for every block."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -73,10 +74,20 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks and a final norm (none where blocks end in one), from embeddings to hidden states."""
+    """Blocks and a final norm (none where blocks end in one), from embeddings to hidden states. first: modules that come before the blocks,
+    in the order of parameters too: the states of optimizers and what a seed initialises depend on it."""
 
-    def __init__(self, blocks: list[Block], norm_eps: float, *, norm_kind: Literal["rms", "layer"] = "rms") -> None:
+    def __init__(
+        self,
+        blocks: list[Block],
+        norm_eps: float,
+        *,
+        norm_kind: Literal["rms", "layer"] = "rms",
+        first: Mapping[str, nn.Module | None] | None = None,
+    ) -> None:
         super().__init__()
+        for name, module in (first or {}).items():
+            self.add_module(name, module)
         self.blocks = nn.ModuleList(blocks)
         post = blocks[-1].position == "post"
         self.norm = nn.Identity() if post else norm(norm_kind, blocks[0].mixer.d_model, norm_eps)
@@ -130,6 +141,9 @@ class Backbone(Stack):
     """Embedding, blocks, final norm. forward takes embeddings, so that influence can be measured from them; `embedding` makes them.
     They are multiplied by embedding_scale, and normalised where embedding_norm, before the first block."""
 
+    embedding: nn.Embedding
+    embedding_norm: nn.Module | None
+
     def __init__(
         self,
         vocab_size: int,
@@ -140,11 +154,13 @@ class Backbone(Stack):
         embedding_scale: float = 1.0,
         embedding_norm: bool = False,
     ) -> None:
-        super().__init__(blocks, norm_eps, norm_kind=norm_kind)
         d_model = blocks[0].mixer.d_model
-        self.embedding: nn.Embedding = Embedding(vocab_size, d_model)
+        first = {
+            "embedding": Embedding(vocab_size, d_model),
+            "embedding_norm": norm(norm_kind, d_model, norm_eps) if embedding_norm else None,
+        }
+        super().__init__(blocks, norm_eps, norm_kind=norm_kind, first=first)
         self.embedding_scale = embedding_scale
-        self.embedding_norm = norm(norm_kind, d_model, norm_eps) if embedding_norm else None
 
     def embed(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length d_model"]:
         return self.embedding(tokens)

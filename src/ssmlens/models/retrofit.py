@@ -18,7 +18,7 @@ from ssmlens import mixers
 from ssmlens.errors import UserError
 from ssmlens.mixers.mamba import Mamba
 from ssmlens.mixers.mamba2 import Mamba2
-from ssmlens.models.language_model import LanguageModel, LanguageModelConfig
+from ssmlens.models.architecture import StackModel
 from ssmlens.polarization import Polarization
 
 # What reads the new channels: a parameter whose new entries are zero at first. Of linear attention there is none: its features, and
@@ -35,14 +35,14 @@ Run = tuple[
 ]  # (units, width): so many units of so many entries that grow by the pinned ones; (0, n): n entries that stay
 
 
-def polarize(model: nn.Module, polarization: Polarization | None = None, *, seed: int = 0) -> LanguageModel:
+def polarize(model: nn.Module, polarization: Polarization | None = None, *, seed: int = 0) -> StackModel:
     """A new model with pinned state channels appended to every mixer that can have them; its outputs are `model`'s until it is trained.
 
     polarization: one channel at one and one at zero by default. seed: of the new channels' input weights.
-    Raises UserError for a model that is not a LanguageModel, is polarized already or has nothing to polarize, and for mode "replace", which
+    Raises UserError for a model that is neither a LanguageModel nor a Classifier, is polarized already or has nothing to polarize, and for mode "replace", which
     would change the outputs."""
     polarization = polarization or Polarization()
-    if not isinstance(model, LanguageModel):
+    if not isinstance(model, StackModel):
         raise UserError(
             f"{type(model).__name__} cannot be polarized: only ssmlens models, and the families that ssmlens.load converts, can be"
         )
@@ -66,7 +66,7 @@ def polarize(model: nn.Module, polarization: Polarization | None = None, *, seed
     fields = architecture.model_dump(mode="json") | {"polarization": polarization.model_dump(mode="json")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = LanguageModel(LanguageModelConfig(**fields))
+        new = type(model)(type(model.config)(**fields))
     plain = next(model.parameters())
     new.to(plain.device, plain.dtype)
     state = model.state_dict()
@@ -79,11 +79,12 @@ def polarize(model: nn.Module, polarization: Polarization | None = None, *, seed
                 old = state.get(f"{prefix}.{name}")
                 if old is None or old.shape != p.shape:
                     _fill(p, old, kind, mixer, name, READ_OUT[kind] == name)
-    new.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        new.generation_config = model.generation_config
     return new.train(model.training)
 
 
-def new_entries(model: LanguageModel) -> dict[str, Tensor]:
+def new_entries(model: StackModel) -> dict[str, Tensor]:
     """Parameter name → bool mask of its shape, True where a polarized model has an entry that its plain twin has not. Parameters
     without such entries are left out; a plain model has none."""
     found: dict[str, Tensor] = {}
@@ -101,7 +102,7 @@ def new_entries(model: LanguageModel) -> dict[str, Tensor]:
     return found
 
 
-def train_only_new(model: LanguageModel) -> list[nn.Parameter]:
+def train_only_new(model: StackModel) -> list[nn.Parameter]:
     """Freeze all but the new entries of a polarized model, and return the parameters that hold them, for an optimizer without weight
     decay: their old entries get no gradient, and Adam leaves such entries as they are. Raises UserError where nothing is new."""
     entries = new_entries(model)
@@ -117,10 +118,10 @@ def train_only_new(model: LanguageModel) -> list[nn.Parameter]:
     return chosen
 
 
-def _polarized(model: LanguageModel) -> Iterator[tuple[str, mixers.Mixer, str]]:
+def _polarized(model: StackModel) -> Iterator[tuple[str, mixers.Mixer, str]]:
     """The name of each polarized mixer among the model's modules, the mixer, and its kind."""
     for i, kind in enumerate(model.config.architecture.mixers()):
-        mixer: mixers.Mixer = model.backbone.blocks[i].mixer  # type: ignore[assignment]
+        mixer: mixers.Mixer = model.backbone.blocks[i].mixer
         if mixer.polarization is not None:
             yield f"backbone.blocks.{i}.mixer", mixer, kind
 

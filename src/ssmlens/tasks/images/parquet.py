@@ -53,9 +53,7 @@ def _load(name: str, **options: Any) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            f"{name} is read by the package datasets: pip install 'ssmlens[data]' (or datasets)"
-        ) from None
+        raise UserError(f"{name} is read by the package datasets: pip install 'ssmlens[data]' (or datasets)") from None
     if int(datasets.__version__.split(".")[0]) < _SAFE:
         raise UserError(
             f"{name}: the package datasets {datasets.__version__} can run code of a data set; install {_SAFE} or later"
