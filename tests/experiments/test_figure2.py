@@ -34,6 +34,8 @@ def test_a_model_that_forgets_agrees_with_the_paper_and_one_that_does_not_differ
     assert index.value == pytest.approx(60, abs=1)
     other = figure2.record("laptop", {"mamba": _runs(80, 20), "transformer": _runs(80, 80)}, [0, 1, 2, 3], {})
     assert {c["outcome"] for c in other.config["claims"]} == {"differs"}
+    lost = figure2.record("laptop", {"mamba": _runs(20, 80), "transformer": _runs(5, 5)}, [0, 1, 2, 3], {})
+    assert [c["outcome"] for c in lost.config["claims"]] == ["agrees", "not comparable"] * 2
 
 
 def test_smoke_runs_and_resumes(tmp_path):

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ssmlens.errors import UserError
+from ssmlens.lens.foreign import recurrent
 
 _REMEMBERED = 2**29  # bytes
 _SHORTEST = 4  # vectors
@@ -80,7 +81,9 @@ class Subject:
         self.model = model
         self.access = access or _access(model)
         self.blocks = self.access.blocks(model)
-        self.mixers = [self.access.mixer(block) for block in self.blocks]
+        self._inside = [self.access.mixer(block) for block in self.blocks]
+        # transformers' layers of a kind that we know, as ours: theirs say nothing of a_t
+        self.mixers = [recurrent(inside) or inside for inside in self._inside]
         self._passes: dict[bytes, list[BlockPass]] | None = None
         self._vectors: _Vectors | None = None
 
@@ -238,7 +241,7 @@ class Subject:
         if not self.blocks:
             raise UserError(f"{self.name} shows no blocks to look into")
         try:
-            for index, (block, mixer) in enumerate(zip(self.blocks, self.mixers, strict=True)):
+            for index, (block, mixer) in enumerate(zip(self.blocks, self._inside, strict=True)):
                 if mixer is not None:
                     handles.append(mixer.register_forward_hook(keep, with_kwargs=True))
                 handles.append(block.register_forward_hook(finished(index)))
@@ -338,7 +341,8 @@ def _transformers_blocks(model: Any) -> list[nn.Module]:
 
 
 def _transformers_mixer(block: nn.Module) -> nn.Module | None:
-    for name in ("mixer", "self_attn", "attention", "attn"):
+    """In a block that has both side by side the recurrence, which can be looked into."""
+    for name in ("mixer", "mamba", "self_attn", "attention", "attn", "linear_attn"):
         if isinstance(found := getattr(block, name, None), nn.Module):
             return found
     return None

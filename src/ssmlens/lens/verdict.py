@@ -76,7 +76,8 @@ def _would_be_polarized(d: "Diagnosis") -> list[str]:
     able = [
         s.name
         for s in trained
-        if not s.access.read and s.recurrent and any(getattr(s.mixers[i], "polarizable", False) for i in s.recurrent)
+        if hasattr(getattr(s.model, "config", None), "architecture")
+        and any(getattr(s.mixers[i], "polarizable", False) for i in s.recurrent)
     ]
     if not able:
         return []

@@ -36,7 +36,7 @@ from ssmlens.recurrence import Coefficients
 
 
 class Mamba2Config(MixerConfig):
-    """d_head: at most, where it does not divide d_inner. n_groups: of heads that share B and C.
+    """expand: d_inner / d_model. d_head: at most, where it does not divide d_inner. n_groups: of heads that share B and C.
     A_min, A_max: -A begins uniform between them. dt_min, dt_max: Δ begins log-uniform between them.
     dt_lower, dt_upper: Δ never leaves them (Zamba2 and Nemotron-H: 0.001 from below). gated_norm: False leaves the norm out (Falcon-H1)."""
 
@@ -44,7 +44,7 @@ class Mamba2Config(MixerConfig):
     d_head: int = Field(default=64, ge=1)
     n_groups: int = Field(default=1, ge=1)
     d_conv: int = Field(default=4, ge=1)
-    expand: int = Field(default=2, ge=1)
+    expand: int | float = Field(default=2, gt=0)
     A_min: float = Field(default=1, gt=0)
     A_max: float = Field(default=16, gt=0)
     dt_min: float = Field(default=0.001, gt=0)
@@ -94,7 +94,10 @@ class Mamba2(Mixer):
 
     def __init__(self, d_model: int, config: Mamba2Config, polarization: Polarization | None = None) -> None:
         super().__init__(d_model, config, polarization)
-        self.units, self.d_head = heads.heads_of(config.expand * d_model, config.d_head)
+        width = round(config.expand * d_model)
+        if width < 1 or abs(width - config.expand * d_model) > 1e-6 * width:
+            raise UserError(f"expand ({config.expand:g}) times d_model ({d_model}) is no whole number")
+        self.units, self.d_head = heads.heads_of(width, config.d_head)
         if self.units % config.n_groups:
             raise UserError(f"n_groups ({config.n_groups}) does not divide the {self.units} heads of d_model {d_model}")
         self.learned, self.n_heads = heads.sizes(self.units, polarization)

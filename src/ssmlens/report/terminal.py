@@ -10,7 +10,7 @@ from rich.text import Text
 from ssmlens.report import tables, text
 from ssmlens.results import Map, Record, Table
 
-MOST_ROWS = 10  # longer tables are for the page
+MOST_ROWS, MOST_LETTERS = 10, 60  # tables that are longer, or hold whole sentences, are for the page
 NAME_WIDTH = 24  # longest first column, in cells; longer names fold
 
 
@@ -25,7 +25,7 @@ def render(record: Record, width: int = 80) -> Group:
     if not record.complete:
         parts.append(Text("Incomplete: this run was interrupted; what it had finished is shown.", style="yellow"))
     parts += [_bullet(sentence) for sentence in record.verdict]
-    short = [table for table in record.tables if len(table.rows) <= MOST_ROWS]
+    short = [table for table in record.tables if len(table.rows) <= MOST_ROWS and _longest(table) <= MOST_LETTERS]
     for table in short:
         parts += [Text(""), *_table(table, width)]
     left = [text.clean(table.title) for table in record.tables if table not in short]
@@ -37,6 +37,10 @@ def render(record: Record, width: int = 80) -> Group:
     if record.notes:
         parts += [Text(""), *(_bullet(f"Note: {note}") for note in record.notes)]
     return Group(*parts)
+
+
+def _longest(table: Table) -> int:
+    return max((len(cell) for row in table.rows for cell in row if isinstance(cell, str)), default=0)
 
 
 def _panels(heat: Map) -> str:
