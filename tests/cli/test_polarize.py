@@ -144,7 +144,7 @@ def with_tokenizer(directory):
 
 
 def test_a_tokenizer_stays_with_its_model_and_text_is_read_by_it(tmp_path):
-    from ssmlens.cli import tokens
+    from ssmlens.models.pretrained import tokens
 
     with_tokenizer(tmp_path / "hf")
     (tmp_path / "tune.toml").write_text(TUNING)

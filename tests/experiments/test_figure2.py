@@ -1,4 +1,5 @@
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,28 @@ def test_smoke_runs_and_resumes(tmp_path):
     again = find("figure2").run(Request(scale="smoke", out=tmp_path, seeds=1, processes=0, progress=False, resume=True))
     assert again.maps == first.maps
     assert first.config["claims"] == []
+
+
+def test_trained_models_are_asked_for_statements(tmp_path):
+    request = Request(scale="smoke", out=tmp_path, progress=False, models=("mamba-default",))
+    made = figure2.run(request)
+    assert made.config["item"] == "figure2"
+    assert [t.id for t in made.tables] == ["needle", "needle-generated"]
+    assert (tmp_path / "cells.json").exists()
+    assert figure2.run(replace(request, resume=True)).tables == made.tables
+
+
+def test_a_transformer_that_finds_all_alike_agrees():
+    def asked(name, first, last):
+        from ssmlens.experiments.needle import Needle, Scores
+
+        cells = {
+            (8, d): Scores([1, 1, 0, 1] if (first if d < 0.5 else last) else [0, 0, 1, 0])
+            for d in (0.0, 0.25, 0.75, 1.0)
+        }
+        return Needle(name, (8,), (0.0, 0.25, 0.75, 1.0), cells, kinds=("a", "a", "b", "b"))
+
+    mamba, level = figure2._claims_of_statements([asked("m", False, True), asked("t", True, True)])
+    assert mamba.value == 50
+    assert (level.outcome, level.value) == ("agrees", 0)
+    assert figure2._claims_of_statements([asked("m", False, True), asked("t", False, True)])[1].outcome != "agrees"

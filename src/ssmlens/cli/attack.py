@@ -74,7 +74,7 @@ def _epsilon(text: str) -> float:
 
 def _names(checkpoints: list[str]) -> list[str]:
     """Short names for the page. Trained models lie in RUN/model, where it is the run that tells them apart."""
-    from ssmlens.cli import tokens
+    from ssmlens.models.pretrained import tokens
 
     return tokens.names(
         [str(Path(c).resolve().parent) if Path(c).resolve().name == "model" else c for c in checkpoints]

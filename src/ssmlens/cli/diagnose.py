@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ssmlens.cli import tokens as tokens_of
 from ssmlens.errors import UserError
+from ssmlens.models.pretrained import tokens as tokens_of
 
 
 def run(

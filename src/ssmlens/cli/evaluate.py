@@ -35,9 +35,9 @@ def run(
 ) -> None:
     from ssmlens.cli import devices
     from ssmlens.cli.output import directory, finish
-    from ssmlens.cli.tokens import names
     from ssmlens.models import Classifier
     from ssmlens.models.pretrained import load
+    from ssmlens.models.pretrained.tokens import names
     from ssmlens.progress import bars
     from ssmlens.tasks.images import balanced_order, read
 

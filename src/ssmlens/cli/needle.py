@@ -17,9 +17,10 @@ def run(
         raise UserError("name at least one model: a directory, a packaged checkpoint or a hub id")
     sizes = _lengths(lengths)
 
-    from ssmlens.cli import devices, tokens
+    from ssmlens.cli import devices
     from ssmlens.cli.output import directory, finish
-    from ssmlens.models.pretrained import load
+    from ssmlens.experiments.needle_statements import statements
+    from ssmlens.models.pretrained import load, tokens
 
     on = devices.chosen(device)
     loaded = {name: load(path).to(on) for name, path in zip(tokens.names(models), models, strict=True)}
@@ -43,7 +44,9 @@ def run(
     if synthetic:
         record = _synthetic(loaded, synthetic[0], sizes, grid, prompts, batch_size, resume, where, not json, on)
     else:
-        record = _statements(loaded, models, text, sizes or LENGTHS, grid, batch_size, resume, where, not json, on)
+        record = statements(
+            loaded, models, text, sizes or LENGTHS, grid, batch_size, resume, where, not json, on
+        ).record
     finish(record, where, json)
 
 
@@ -73,57 +76,13 @@ def _recipe(path: str) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and data.get("task") == "needle" else None
 
 
-def _statements(
-    loaded: dict[str, Any], paths: list[str], text: Path | None, lengths: tuple[int, ...], depths: list[float],
-    batch_size: int, resume: bool, where: Path, shown: bool, on: str,
-) -> Any:  # fmt: skip
-    from ssmlens.cli import tokens
-    from ssmlens.experiments import needle as n
-    from ssmlens.experiments import needle_record
-    from ssmlens.lens.store import fingerprint
-    from ssmlens.tasks import corpus
-    from ssmlens.tasks.facts import FACTS
-    from ssmlens.tasks.needle import SLACK, Grid, Haystack
-
-    source = corpus.python_reference() if text is None else corpus.text_file(text, heldout=1.0)
-    words = bytes(source.heldout).decode("utf-8", errors="replace")
-    grids, decoders = {}, {}
-    for (name, model), path in zip(loaded.items(), paths, strict=True):
-        coder = tokens.coder(tokens.tokenizer(name, model, path))
-        decoders[name] = coder.decode
-        grids[name] = Grid.of(
-            Haystack.of(source.name, words, coder.encode, max(lengths), coder.start), FACTS, coder.encode
-        )
-    identity = {
-        "text": source.sha256, "lengths": list(lengths), "depths": depths, "facts": len(FACTS),
-        "models": {name: fingerprint(model) for name, model in loaded.items()},
-    }  # fmt: skip
-    store = n.Store(where / "cells.json", identity, resume)
-    with _bar(shown, sum(n.work(grid, lengths, depths) for grid in grids.values())) as advance:
-        found = [
-            n.measure_statements(
-                name, model, grids[name], decoders[name], lengths, depths, batch_size=batch_size, store=store, advance=advance
-            )
-            for name, model in loaded.items()
-        ]  # fmt: skip
-    notes = [
-        f"Haystack: {source.name}{', its held-out part' if text is None else ''}; a needle stands after a sentence that ends at its depth or up to "
-        f"{100 * SLACK:.0f} % of the text before it; where none does, between two words.",
-        f"{len(FACTS)} statements that contradict the world, of {len({f.kind for f in FACTS})} kinds; each stands in the text once, at every depth.",
-    ]
-    for name, grid in grids.items():
-        if grid.haystack.repeated > 1:
-            notes.append(f"{name}: the text is repeated {grid.haystack.repeated} times to reach {max(lengths)} tokens.")
-    notes += needle_record.slow(found)
-    return needle_record.record(found, synthetic=False, config=identity, seeds=[], notes=notes, device=on)
-
-
 def _synthetic(
     loaded: dict[str, Any], data: dict[str, Any], lengths: tuple[int, ...] | None, depths: list[float], prompts: int,
     batch_size: int, resume: bool, where: Path, shown: bool, on: str,
 ) -> Any:  # fmt: skip
     from ssmlens.experiments import needle as n
     from ssmlens.experiments import needle_record
+    from ssmlens.experiments.needle_statements import bar
     from ssmlens.lens.store import fingerprint
     from ssmlens.tasks.needle import NeedleConfig, NeedleStream
 
@@ -135,7 +94,7 @@ def _synthetic(
         "models": {name: fingerprint(model) for name, model in loaded.items()},
     }  # fmt: skip
     store = n.Store(where / "cells.json", identity, resume)
-    with _bar(shown, len(loaded) * len(depths) * prompts * sum(chosen)) as advance:
+    with bar(shown, len(loaded) * len(depths) * prompts * sum(chosen)) as advance:
         found = [
             n.measure_synthetic(
                 name, model, stream, chosen, depths, prompts=prompts, batch_size=batch_size, store=store, advance=advance
@@ -159,24 +118,3 @@ def _synthetic(
         device=on,
         trained=config.length,
     )
-
-
-class _bar:
-    """A bar over tokens, with the time left."""
-
-    def __init__(self, shown: bool, total: int) -> None:
-        self.shown, self.total = shown, total
-
-    def __enter__(self) -> Any:
-        from ssmlens.progress import bars
-
-        if not self.shown:
-            return lambda tokens: None
-        self.bars = bars("{task.percentage:>3.0f}%")
-        self.bars.start()
-        task = self.bars.add_task("needle", total=self.total)
-        return lambda tokens: self.bars.advance(task, tokens)
-
-    def __exit__(self, *error: object) -> None:
-        if self.shown:
-            self.bars.stop()

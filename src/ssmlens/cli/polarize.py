@@ -17,9 +17,9 @@ def run(models: list[str], out: Path, ones: int, zeros: int, seed: int, json: bo
     import torch
 
     from ssmlens import files, results
-    from ssmlens.cli import tokens as t
     from ssmlens.cli.output import finish
     from ssmlens.models.pretrained import load
+    from ssmlens.models.pretrained import tokens as t
     from ssmlens.models.retrofit import new_entries, polarize
     from ssmlens.polarization import Polarization
 
@@ -86,8 +86,7 @@ def _save(model: Any, directory: Path, name: str, path: str) -> None:
 
     from transformers.utils import logging
 
-    from ssmlens.cli import tokens
-    from ssmlens.models.pretrained import packaged
+    from ssmlens.models.pretrained import packaged, tokens
 
     data = packaged().get(path, Path(path)) / "data.json"
     logging.disable_progress_bar()

@@ -148,7 +148,7 @@ def _stream(data: dict[str, Any], model: Any, start: str | None) -> Any:
 
     if start is None or data.get("task") != "corpus":
         return stream_of(data)
-    from ssmlens.cli import tokens
+    from ssmlens.models.pretrained import tokens
 
     found = tokens.tokenizer(start, model, start)
     if found is None:
@@ -186,7 +186,7 @@ def save(model: Any, path: Path, data: dict[str, Any], start: str | None = None)
     with files.replace_directory(path) as temporary:
         model.save_pretrained(temporary)
         if start is not None:
-            from ssmlens.cli import tokens
+            from ssmlens.models.pretrained import tokens
 
             tokens.keep(start, model, start, Path(temporary))
         named = {

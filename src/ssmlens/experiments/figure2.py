@@ -2,8 +2,9 @@
 
     recency index = accuracy in the last third of the depths - accuracy in the first third, in points; over several trainings
 
-The paper asks Mamba-Codestral-7B and Mistral-7B for statements (`ssmlens needle` does so, of any model). What can be trained here knows
-no statements, so it is asked for the value of a key among noise: the recipes of configs/needle-*.toml, with several seeds.
+The paper asks Mamba-Codestral-7B and Mistral-7B for statements; so does the paper scale, and any scale of the models of `--model`. What can be
+trained on a laptop knows no statements, so it is asked for the value of a key among noise: the recipes of configs/needle-*.toml, with several
+seeds.
 """
 
 import math
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ssmlens.experiments import needle
-from ssmlens.experiments.base import Claim, Item, Request, choose, claims_config, claims_table, claims_verdict, side
+from ssmlens.experiments.base import (
+    Claim,
+    Item,
+    Outcome,
+    Request,
+    choose,
+    claims_config,
+    claims_table,
+    claims_verdict,
+    side,
+)
 from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value, provenance
 from ssmlens.training import sweep, sweep_provenance
 from ssmlens.training.schedulers import Report
@@ -48,6 +59,10 @@ SCALES = {
 }
 
 
+PAPER_MODELS = ("mistralai/Mamba-Codestral-7B-v0.1", "mistralai/Mistral-7B-v0.3")
+PAPER_LENGTHS, PAPER_DEPTHS = (1024, 2048, 4096, 8192), tuple(i / 10 for i in range(11))
+
+
 def recipe(scale: Scale, model: str, seed: int) -> dict[str, Any]:
     """The run as `ssmlens train` would be told it: the keys of configs/needle-*.toml."""
     return {
@@ -64,7 +79,9 @@ def recipe(scale: Scale, model: str, seed: int) -> dict[str, Any]:
 
 
 def run(request: Request) -> Record:
-    choose("scale", request.scale, SCALES)
+    choose("scale", request.scale, (*SCALES, "paper"))
+    if request.models or request.scale == "paper":
+        return _asked(request)
     scale = SCALES[request.scale]
     models = request.variants or tuple(MODELS)
     for name in models:
@@ -80,6 +97,58 @@ def run(request: Request) -> Record:
     )  # fmt: skip
     found = {m: [results[f"{m}-seed{s}"] for s in seeds] for m in models}
     return record(request.scale, found, seeds, sweep_provenance(request.out, results))
+
+
+def _asked(request: Request) -> Record:
+    """Statements instead of keys, of trained models; a recurrent one comes first, and what it is compared with behind it."""
+    import torch
+
+    from ssmlens.experiments.needle_statements import statements
+    from ssmlens.models.pretrained import load, tokens
+
+    paths = request.models or PAPER_MODELS
+    small = request.scale == "smoke"
+    lengths, depths = ((512,), (0.0, 0.5, 1.0)) if small else (PAPER_LENGTHS, PAPER_DEPTHS)
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.bfloat16 if on == "cuda" else torch.float32
+    loaded = {name: load(path).to(on, kind) for name, path in zip(tokens.names(list(paths)), paths, strict=True)}
+    asked = statements(
+        loaded, paths, None, lengths, list(depths), 16, request.resume, request.out, request.progress, on
+    )  # fmt: skip
+    claims = _claims_of_statements(asked.found) if not small else []
+    made = asked.record
+    return made.model_copy(
+        update={
+            "kind": "reproduce", "title": f"Figures 2 and 9: statements in a haystack ({request.scale} scale)",
+            "verdict": [*claims_verdict(claims, small), *made.verdict],
+            "tables": [*([claims_table(claims)] if claims else []), *made.tables],
+            "config": {"item": "figure2", "scale": request.scale, "claims": claims_config(claims), **made.config},
+        }
+    )  # fmt: skip
+
+
+def _claims_of_statements(found: list[needle.Needle]) -> list[Claim]:
+    """Errors are over kinds of statements; each model is one training."""
+    out = []
+    for i, n in enumerate(found):
+        index, bounds = n.recency_index(), n.recency_index().interval()
+        first = i == 0
+        out.append(Claim(
+            item="Figures 2 and 9",
+            claim=f"{n.name} finds needles near the end better than near the beginning." if first else f"{n.name} finds them alike at every depth.",
+            paper="Mamba-Codestral-7B: yes" if first else "Mistral-7B: at every depth",
+            ours=f"recency index {index.value:+.0f} points" + (f" ({bounds[0]:+.0f} to {bounds[1]:+.0f})" if bounds else ""),
+            outcome=side(index) if first else _level(bounds),
+            why="scored by probability, without a judge; an interval within 10 points of zero counts as alike", value=index.value,
+            stderr=index.stderr, n=index.n,
+        ))  # fmt: skip
+    return out
+
+
+def _level(bounds: tuple[float, float]) -> Outcome:
+    if bounds[0] >= -10 and bounds[1] <= 10:
+        return "agrees"
+    return "differs" if bounds[0] > 0 or bounds[1] < 0 else "undecided"
 
 
 def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
@@ -296,8 +365,9 @@ ITEM = Item(
     name="figure2",
     title="needles in a haystack by depth: Mamba, polarized Mamba and a transformer trained alike",
     source="Figures 2, 8 and 9",
-    scales=tuple(SCALES),
+    scales=(*SCALES, "paper"),
     variants=tuple(MODELS),
     run=run,
+    takes=("model",),
     aliases=("figure8", "figure9"),
 )
