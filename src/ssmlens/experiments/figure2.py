@@ -131,7 +131,8 @@ def _claims_of_statements(found: list[needle.Needle]) -> list[Claim]:
     """Errors are over kinds of statements; each model is one training."""
     out = []
     for i, n in enumerate(found):
-        index, bounds = n.recency_index(), n.recency_index().interval()
+        index = n.recency_index()
+        bounds = index.interval()
         first = i == 0
         out.append(Claim(
             item="Figures 2 and 9",
@@ -145,7 +146,9 @@ def _claims_of_statements(found: list[needle.Needle]) -> list[Claim]:
     return out
 
 
-def _level(bounds: tuple[float, float]) -> Outcome:
+def _level(bounds: tuple[float, float] | None) -> Outcome:
+    if bounds is None:
+        return "undecided"
     if bounds[0] >= -10 and bounds[1] <= 10:
         return "agrees"
     return "differs" if bounds[0] > 0 or bounds[1] < 0 else "undecided"
