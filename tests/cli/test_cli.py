@@ -123,7 +123,7 @@ def test_bad_input_is_one_clear_line(model, odd_vocabulary, tmp_path):
         (("diagnose", model, "--out", "file/deeper"), ["cannot write", "--out"]),
         (("diagnose", model, "--length", "many"), ["--length"]),
         (("diagnos",), ["diagnos"]),
-        (("reproduce", "table3"), ["unknown item", "table2"]),
+        (("reproduce", "table9"), ["unknown item", "table2"]),
         (("reproduce", "table2", "--scale", "huge"), ["unknown scale"]),
         (("train", "missing.toml"), ["missing.toml"]),
         (("list", "mixer"), ["did you mean 'mixers'"]),

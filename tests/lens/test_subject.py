@@ -51,7 +51,7 @@ def test_blocks_of_transformers_models_are_the_hidden_states(build):
     seen = []
     subject.walk(x, seen.append)
     assert [s.index for s in seen] == [0, 1, 2]
-    assert subject.recurrent == []
+    assert subject.recurrent == ([] if build is neox else [0, 1, 2]), "a Mamba of transformers is looked into as ours"
     with torch.no_grad():
         states = m(input_ids=x, output_hidden_states=True).hidden_states
     first = (
@@ -108,7 +108,7 @@ def test_transformers_models_can_be_measured(build):
     m, x = build(), tokens(2, 24)
     assert influence.measure(m, x, probes=2).score.min() > 0
     found = smoothing.measure(m, x)
-    assert set(found.distance) == {"mixer", "block"}
+    assert set(found.distance) == ({"mixer", "block"} if build is neox else {"b", "h", "mixer", "block"})
     assert found.n_layers == 3
 
 
