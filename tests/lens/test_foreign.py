@@ -88,3 +88,24 @@ def test_what_is_ours_stays_as_it_is():
     own = ssmlens.load("mamba-default")
     subject = Subject("own", own)
     assert all(mixer is block.mixer for mixer, block in zip(subject.mixers, own.backbone.blocks, strict=True))
+
+
+def test_looking_changes_nothing():
+    """No layer is frozen, none put into another mode, and one that differs in the state alone is not believed."""
+    hybrid = model("jamba").train()
+    hybrid.model.layers[0].mamba.conv1d.eval()
+    before = [(p.requires_grad, m.training) for m in hybrid.modules() for p in m.parameters(recurse=False)]
+    assert Subject("hybrid", hybrid).recurrent
+    assert before == [(p.requires_grad, m.training) for m in hybrid.modules() for p in m.parameters(recurse=False)]
+    inside = model("bamba").model.layers[0].mamba
+    right = inside.forward
+
+    def wrong(x, **options):
+        inside.A_log.data += 0.7
+        try:
+            return right(x, **options)
+        finally:
+            inside.A_log.data -= 0.7
+
+    inside.forward = wrong
+    assert recurrent(inside) is None

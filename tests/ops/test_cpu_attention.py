@@ -164,3 +164,20 @@ def test_nothing_of_what_is_small_is_slow_or_wrong() -> None:
     y, _ = attention(**{**kw, "v": kw["v"].detach() * 1e-38})
     assert y.abs().max() < 1e-36
     assert (tiny * 1.0).item() == tiny.item() != 0, "the processor's mode is as it was"
+
+
+def test_without_keys_nothing_is_read_and_nothing_overrun() -> None:
+    q = torch.zeros(2, 5, 1, 0)
+    y, h = ops.gated_linear_attention(q, q, torch.randn(2, 5, 2, 3), torch.zeros(2, 5, 2, 1), return_final_state=True)
+    assert y.shape == (2, 5, 2, 3)
+    assert h.shape == (2, 2, 0, 3)
+    assert not y.any()
+
+
+def test_numbers_too_small_to_be_normal_are_zeros_and_half_ones_are_not() -> None:
+    tiny = torch.full((1, 64, 1, 4), 2.0**-20, dtype=torch.float16)  # subnormal as float16, an ordinary float32
+    ones = torch.ones_like(tiny)
+    y = ops.gated_linear_attention(ones, ones, tiny, torch.zeros(1, 64, 1, 4))
+    assert y[0, -1, 0, 0].item() == pytest.approx(4 * 64 * 2.0**-20, rel=1e-2)
+    faint = torch.full((1, 64, 1, 4), 1e-40)
+    assert not ops.gated_linear_attention(ones.float(), ones.float(), faint, torch.zeros(1, 64, 1, 4)).any()

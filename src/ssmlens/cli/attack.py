@@ -108,6 +108,10 @@ def _fits(name: str, model: Any, images: Any) -> None:
     a = model.config.architecture
     if a.d_input != images.channels:
         raise UserError(f"{name} reads pixels of {a.d_input} channels, {images.name} has {images.channels}")
+    if len(images.classes) > 255:
+        raise UserError(
+            f"{images.name} has {len(images.classes)} classes; attack keeps its predictions in a byte: at most 255"
+        )
     if a.n_classes != len(images.classes):
         raise UserError(f"{name} knows {a.n_classes} classes, {images.name} has {len(images.classes)}")
     tokens = images.length + (a.pooling == "class_token")

@@ -96,26 +96,29 @@ def _vectors(file: Path, sequences: int) -> tuple[Any, dict[str, Any]]:
     """Floats (batch, length, d_input) of a .npy or .safetensors file, evenly spaced ones of the batch. Raises UserError."""
     import numpy as np
     import torch
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     try:
         if file.suffix == ".safetensors":
             tensors = load_file(file)
             if len(tensors) != 1 and "inputs" not in tensors:
                 raise UserError(f"{file} holds {len(tensors)} tensors, and none is named inputs")
-            x = tensors.get("inputs", next(iter(tensors.values())))
+            x: Any = tensors.get("inputs", next(iter(tensors.values())))
         else:
             x = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, SafetensorError) as e:
+            if isinstance(x, np.ndarray) and x.dtype.kind == "f":  # of any byte order and precision
+                x = torch.from_numpy(np.ascontiguousarray(x, np.float64 if x.itemsize > 4 else np.float32))
+    except UserError:
+        raise
+    except Exception as e:  # numpy, zipfile, tokenize and safetensors raise a dozen kinds
         raise UserError(
             f"cannot read {file}: {getattr(e, 'strerror', None) or e}; give a .npy or .safetensors file of floats"
         ) from None
-    if not isinstance(x, np.ndarray) or x.ndim != 3 or x.dtype.kind != "f" or not len(x):
+    if not isinstance(x, torch.Tensor) or x.ndim != 3 or not x.is_floating_point() or not len(x):
         raise UserError(f"{file} must hold floats of shape (batch, length, d_input)")
-    rows = np.linspace(0, len(x) - 1, min(sequences, len(x))).astype(int)
+    rows = np.linspace(0, len(x) - 1, min(sequences, len(x))).astype(int).tolist()
     what = f"{len(rows)} of {len(x)} sequences of {x.shape[1]} vectors; a token is a vector"
-    return torch.from_numpy(np.ascontiguousarray(x[rows])), {"name": file.name, "what": what}
+    return (x[rows] if x.dtype == torch.float64 else x[rows].float()), {"name": file.name, "what": what}
 
 
 def _tokens(

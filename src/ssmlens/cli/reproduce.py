@@ -51,7 +51,7 @@ def _sources(given: list[str], chosen: "Item | None") -> dict[str, str]:
         if given and "data" not in chosen.takes:
             raise UserError(f"{chosen.name} has its own data: leave --data away")
         return {chosen.name: ",".join(given)} if given else {}
-    sources = {}
+    sources: dict[str, str] = {}
     for part in given:
         name, found, source = part.partition("=")
         if not found:
@@ -59,7 +59,9 @@ def _sources(given: list[str], chosen: "Item | None") -> dict[str, str]:
         of = find(name)
         if "data" not in of.takes:
             raise UserError(f"{of.name} has its own data: leave --data {part} away")
-        sources[of.name] = source
+        if not source:
+            raise UserError(f"--data {part} names no source")
+        sources[of.name] = f"{sources[of.name]},{source}" if of.name in sources else source
     return sources
 
 

@@ -134,6 +134,10 @@ def _fits(path: Path, model: Any, stream: Any) -> None:
             raise UserError(
                 f"{path}: the images have {there[0]} channels and {there[1]} classes, the model {model.config.d_input} and {model.config.n_classes}"
             )
+        if stream.config.scale != "unit":  # whoever reads the model gives it pixels in [0, 1]
+            raise UserError(
+                f"{path}: scale = {stream.config.scale!r} would be lost with the data: give the model mean and std in [model] instead"
+            )
         return
     if stream.vocab_size > model.config.vocab_size:
         raise UserError(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmlens.errors import UserError
 from ssmlens.experiments import needle
 from ssmlens.experiments.base import (
     Claim,
@@ -112,6 +113,9 @@ def _asked(request: Request) -> Record:
     on = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.bfloat16 if on == "cuda" else torch.float32
     loaded = {name: load(path).to(on, kind) for name, path in zip(tokens.names(list(paths)), paths, strict=True)}
+    for name, model in loaded.items():
+        if not getattr(model, "can_generate", bool)():
+            raise UserError(f"{name} is a {type(model).__name__}: only a language model can be asked for a needle")
     asked = statements(
         loaded, paths, None, lengths, list(depths), 16, request.resume, request.out, request.progress, on
     )  # fmt: skip

@@ -28,7 +28,7 @@ def record(scale: str, records: Mapping[str, Record], missing: Mapping[str, str]
         ],
         config={"item": "all", "scale": scale, "claims": [c for r in records.values() for c in r.config.get("claims", [])]},
         seeds=sorted({seed for found in records.values() for seed in found.seeds}),
-        complete=not missing and all(found.complete for found in records.values()),
+        complete=all(found.complete for found in records.values()),
         provenance=provenance(),
     )  # fmt: skip
 

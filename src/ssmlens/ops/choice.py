@@ -106,7 +106,8 @@ def faster(
     if reason is not None:
         return ours()
     shapes = tuple((name, t.dtype, *(n.bit_length() for n in t.shape)) for name, t in tensors.items())
-    return _table.run(op, (shapes, _name(x)), ours, theirs)
+    options = tuple(sorted(name for name, given in kw.items() if given is True))
+    return _table.run(op, (shapes, options, _name(x)), ours, theirs)
 
 
 def _inside_a_transform() -> bool:

@@ -179,9 +179,10 @@ class AttentionBackward(torch.autograd.Function):
 
         names = ("dy", "dfinal", "q", "k", "v", "log_a", "bonus", "h0")
         given = {name: x for name, x in zip(names, tensors, strict=True) if x is not None}
-        gradients, pull = _vjp(first, given)
-        outer = {name: g for name, g in zip(names[2:], above, strict=True) if g is not None}
-        (second,) = pull({name: outer.get(name, torch.zeros_like(x)) for name, x in gradients.items()})
+        with _check.full_precision(given["dy"]):
+            gradients, pull = _vjp(first, given)
+            outer = {name: g for name, g in zip(names[2:], above, strict=True) if g is not None}
+            (second,) = pull({name: outer.get(name, torch.zeros_like(x)) for name, x in gradients.items()})
         dy, dfinal, *rest = (second.get(name) for name in names)
         return dy, dfinal, None, *rest, None, None, None
 

@@ -22,17 +22,6 @@
 
 namespace ssmlens {
 
-// Numbers below the smallest normal one are rounded to zero while this lives: computing with them takes a hundred times as long.
-struct FlushSubnormal {
-#if defined(__x86_64__)
-  unsigned before = __builtin_ia32_stmxcsr();
-  FlushSubnormal() { __builtin_ia32_ldmxcsr(before | 0x8000); }
-  ~FlushSubnormal() { __builtin_ia32_ldmxcsr(before); }
-#else
-  FlushSubnormal() {}  // elsewhere they cost no more than others
-#endif
-};
-
 template <class T> struct Attention {
   static constexpr int width = Simd<T>::width;
   static constexpr int64_t base = 8, levels = 3, chunk = base << levels;
@@ -105,7 +94,7 @@ template <class T> struct Attention {
   enum Part { only_rows, only_cols, with_scores, with_gradients };  // of a chunk: what is wanted of it
   struct Work {
     const Attention& op;
-    const int64_t K = padded<T>(op.d_key), W = padded<T>(op.d_value);
+    const int64_t K = padded<T>(std::max<int64_t>(op.d_key, 1)), W = padded<T>(op.d_value);
     const bool inclusive = !op.bonus;  // the state is read after it is written
     int64_t b = 0, start = 0, steps = 0, size = 0;  // tokens; and a power of two of them, at least `base`
     Array q, k, all_q;               // all_q: with the rows that see no state, since it has just been emptied; q has zeros there
@@ -123,7 +112,7 @@ template <class T> struct Attention {
       for (Array* x : {&raw, &mask, &scores}) x->allot(chunk * chunk);
       for (Array* x : {&f, &g}) x->allot(chunk);
       a.allot(chunk * K), over.allot(2 * chunk / base * K);
-      for (Array* x : {&state, &written}) x->allot(op.heads / op.groups * K * W);
+      state.allot(op.heads / op.groups * K * W), written.allot(K * W);
       if (!backward) return;
       for (Array* x : {&dq, &dk, &dlog_a, &drows, &dcols, &level[0], &level[1], &level[2]}) x->allot(chunk * K);
       dover.allot(2 * chunk / base * K), dbonus.allot(K), dv.allot(chunk * W), dscores.allot(chunk * chunk);
@@ -653,6 +642,7 @@ template <class T> struct Attention {
       });
       return;
     }
+    const FlushSubnormal flush;  // sums of dbonus over chunks are the same as above
     const int64_t most = segment(g.batch);
     std::vector<T> keeps(size_t(most * g.batch * heads * decays())), dstates(size_t((most + 1) * one));
     std::vector<T> dbonus(g.dbonus ? size_t(most * g.batch * keys) : 0);

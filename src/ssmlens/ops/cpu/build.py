@@ -185,7 +185,7 @@ def _compile(compiler: list[str], output: Path) -> None:
                 _finish(compiler, process)
         finally:
             for process in compiling:
-                process.kill()
+                process.terminate()  # a compiler that is told to end removes what it had begun
                 process.wait()
         _finish(compiler, _start([*compiler, *map(str, objects), "-o", str(output), "-shared", *libraries()]))
 

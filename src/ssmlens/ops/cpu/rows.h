@@ -47,8 +47,9 @@ struct Half {  // as many 16-bit patterns as a vector of float has lanes, and th
     const Bits b = __builtin_convertvector(packed, Bits);
     if constexpr (format == Format::bfloat16) return number(b << 16);
     const Bits sign = (b & 0x8000) << 16, rest = b & 0x7fff;
-    // The exponent's bias is 15 instead of 127; as a product this is right for subnormal numbers too.
-    const Bits finite = bits(number(rest << 13) * 0x1p112f);
+    // The exponent's bias is 15 instead of 127; subnormal numbers are beside 2^-14, so that no operand is subnormal itself.
+    const Bits normal = (rest << 13) + 0x38000000, subnormal = bits(number((rest << 13) + 0x38800000) - 0x1p-14f);
+    const Bits finite = rest < 0x400 ? subnormal : normal;
     return number(sign | (rest >= 0x7c00 ? (rest << 13) | 0x7f800000 : finite));
   }
 

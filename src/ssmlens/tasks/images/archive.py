@@ -35,15 +35,19 @@ def members(path: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
                     raise UserError(f"{path} names a file outside of it ({member.name[:80]!r}): not read")
                 if member.isdir():
                     continue
-                content = tar.extractfile(member) if member.isreg() else None
+                # of a sparse one the header alone says how large it is, however small the archive
+                whole = parts and member.isreg() and not member.issparse()
+                content = tar.extractfile(member) if whole else None
                 if content is None:
-                    raise UserError(f"{path}: {member.name[:80]} is a link or a device, not a file: not read")
+                    raise UserError(
+                        f"{path}: {member.name[:80]!r} is a link, a device or sparse, not a plain file: not read"
+                    )
                 found = content.read()
                 if len(found) < member.size:
                     raise tarfile.ReadError(f"{member.name[:80]} is cut")
                 yield parts, found
             end = data[tar.offset : tar.offset + _BLOCK]
-    except (tarfile.TarError, ValueError, EOFError, OSError) as e:
+    except (tarfile.TarError, ValueError, EOFError, OSError, OverflowError, RecursionError) as e:
         raise UserError(f"{path} is damaged or cut ({e})") from None
     if len(end) < _BLOCK or any(end):
         raise UserError(f"{path} is damaged or cut (the mark at the end of a tar archive is missing)")

@@ -100,7 +100,7 @@ def _folder(path: Path) -> ImageSet:
     for file in _walk(path):
         parts = file.relative_to(path).parts
         if file.suffix.lower() in decoding.SUFFIXES:
-            _add(gathered, path.name, parts, _content(file))
+            _add(gathered, path.name, parts, _content(file), deepest=3)
     classes = sorted(
         {d.name for split in SPLITS if (path / split).is_dir() for d in (path / split).iterdir() if d.is_dir()}
     )
@@ -113,12 +113,14 @@ def _walk(path: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in sorted(names))
 
 
-def _add(gathered: decoding.Gathered, name: str, parts: tuple[str, ...], content: bytes) -> None:
-    """An image SPLIT/CLASS/NAME, whatever stands before; hidden files and others than images are passed by."""
+def _add(
+    gathered: decoding.Gathered, name: str, parts: tuple[str, ...], content: bytes, deepest: int | None = None
+) -> None:
+    """An image SPLIT/CLASS/NAME, whatever stands before (nothing, where `deepest` is 3); hidden files and others than images are passed by."""
     hidden = any(part.startswith((".", "__MACOSX")) and part != "." for part in parts)
     if hidden or not parts[-1].lower().endswith(decoding.SUFFIXES):
         return
-    if len(parts) < 3 or parts[-3] not in SPLITS:
+    if not 3 <= len(parts) <= (deepest or len(parts)) or parts[-3] not in SPLITS:
         raise UserError(f"{name}: {'/'.join(parts)[:120]} does not lie in train/CLASS or test/CLASS")
     gathered.add(parts[-3], parts[-2], parts[-1], content)
 
