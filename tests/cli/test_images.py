@@ -120,6 +120,35 @@ def test_diagnose_classifiers_side_by_side(trained, tmp_path):
     assert sum("read off the mean over all hidden states" in note for note in found["notes"]) == 1
 
 
+def test_images_are_made_as_small_as_in_training(tmp_path):
+    model = saved(tmp_path / "m")
+    diagnose = (
+        "diagnose",
+        model,
+        "--images",
+        "digits",
+        "--sequences",
+        2,
+        "--measure",
+        "reading",
+        "--out",
+        tmp_path / "out",
+    )
+    (model / "data.json").write_text('{"side": 4}')
+    call(*diagnose)
+    assert any("2 test images of 4 × 4 pixels" in note for note in record(tmp_path / "out")["notes"])
+    call(*diagnose, "--side", 2)
+    assert any("2 test images of 2 × 2 pixels" in note for note in record(tmp_path / "out")["notes"])
+    right = {}
+    for side in (4, 8):
+        call("evaluate", model, "--images", "digits", "--side", side, "--out", tmp_path / str(side))
+        right[side] = record(tmp_path / str(side))["tables"][0]["rows"][0][2]["value"]
+    call("evaluate", model, "--images", "digits", "--out", tmp_path / "own")
+    assert record(tmp_path / "own")["tables"][0]["rows"][0][2]["value"] == right[4] != right[8]
+    with pytest.raises(UserError, match="m: 4 × 4, .*other: not said"):
+        call(*diagnose[:2], saved(tmp_path / "other"), *diagnose[2:])
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
 def test_diagnose_vectors_of_a_file(tmp_path, suffix):
     model = saved(tmp_path / "m", d_input=5)
@@ -144,6 +173,7 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
         ("diagnose", tmp_path / "lm", "--images", "digits", "--out", tmp_path / "o"): "lm reads tokens",
         (*diagnose, "--images", "digits", "--inputs", "x.npy"): "one of --images and --inputs, not both",
         (*diagnose, "--images", "nonesuch"): "no images at nonesuch",
+        (*diagnose, "--inputs", "x.npy", "--side", 4): "--side makes images smaller",
         (*diagnose, "--inputs", tmp_path / "no.npy"): "cannot read",
         (*diagnose, "--inputs", tmp_path / "ints.npy"): "must hold floats",
         (*diagnose, "--inputs", tmp_path / "objects.npy"): "cannot read",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ssmlens.errors import UserError
 from ssmlens.experiments import Request, figure2, find
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -55,6 +56,9 @@ def test_trained_models_are_asked_for_statements(tmp_path):
     assert [t.id for t in made.tables] == ["needle", "needle-generated"]
     assert (tmp_path / "cells.json").exists()
     assert figure2.run(replace(request, resume=True)).tables == made.tables
+    for unused in ({"variants": ("mamba",)}, {"seeds": 2}):
+        with pytest.raises(UserError, match="asked as they are"):
+            figure2.run(replace(request, **unused))
 
 
 def test_a_transformer_that_finds_all_alike_agrees():

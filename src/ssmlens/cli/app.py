@@ -16,6 +16,9 @@ app = typer.Typer(
 
 Out = Annotated[Path | None, typer.Option(help="Directory for results.json, report.html and pictures.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record alone on stdout.")]
+Side = Annotated[
+    int | None, typer.Option(min=2, help="Average images down to this many pixels a side; default: as in training.")
+]
 
 
 def _version(show: bool) -> None:
@@ -53,6 +56,7 @@ def diagnose(
         str | None,
         typer.Option(help="For classifiers of images: a directory or archive, datasets:OWNER/NAME or digits."),
     ] = None,
+    side: Side = None,
     inputs: Annotated[
         Path | None,
         typer.Option(help="For other classifiers: .npy or .safetensors, floats (batch, length, d_input)."),
@@ -87,7 +91,7 @@ def diagnose(
     from ssmlens.cli import diagnose as verb
 
     verb.run(
-        model or [], text, token_ids, images, inputs, length, sequences, probes, exact, initial, transformer, measure, seed, device, resume, out, json
+        model or [], text, token_ids, images, side, inputs, length, sequences, probes, exact, initial, transformer, measure, seed, device, resume, out, json
     )  # fmt: skip
 
 
@@ -183,9 +187,7 @@ def attack(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of pgd.")] = 10,
     draws: Annotated[int, typer.Option(min=1, help="Draws of the noise.")] = 1,
-    side: Annotated[
-        int | None, typer.Option(min=2, help="Average images down to this many pixels a side; default: as in training.")
-    ] = None,
+    side: Side = None,
     limit: Annotated[int, typer.Option(min=2, help="So many test images, balanced over classes.")] = 500,
     pgd_limit: Annotated[int, typer.Option(min=2, help="So many of them for pgd, which costs more.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
@@ -247,6 +249,7 @@ def evaluate(
     images: Annotated[
         str, typer.Option(help="A directory or archive of images, datasets:OWNER/NAME or digits; see docs/images.md.")
     ],
+    side: Side = None,
     limit: Annotated[int | None, typer.Option(min=2, help="So many test images, balanced over classes.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 50,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or mps.")] = "auto",
@@ -256,7 +259,7 @@ def evaluate(
     """Count how many test images classifiers get right, with intervals."""
     from ssmlens.cli import evaluate as verb
 
-    verb.run(model, images, limit, batch_size, device, out, json)
+    verb.run(model, images, side, limit, batch_size, device, out, json)
 
 
 @app.command()

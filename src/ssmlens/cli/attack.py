@@ -1,6 +1,5 @@
 """`ssmlens attack CHECKPOINT [CHECKPOINT ...] --images SOURCE`."""
 
-import json as json_
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,19 +22,17 @@ def run(
     sizes = tuple(sorted({_epsilon(text) for text in epsilons or EPSILONS}))
 
     from ssmlens.cli import devices
+    from ssmlens.cli.images import read_as_trained
     from ssmlens.cli.output import directory, finish
     from ssmlens.experiments import pixels_attack
-    from ssmlens.experiments.pixels import chosen, shrunk
+    from ssmlens.experiments.pixels import chosen
     from ssmlens.experiments.pixels_measure import Predictions, measure
     from ssmlens.experiments.pixels_runs import Runs
     from ssmlens.lens.store import fingerprint
     from ssmlens.models.pretrained import load
-    from ssmlens.tasks import images as images_
 
     on, names = devices.chosen(device), _names(checkpoints)
-    smaller = side or _side(checkpoints)
-    images = images_.read(source)
-    images = chosen(shrunk(images, smaller) if smaller else images, test=limit)
+    images = chosen(read_as_trained(source, checkpoints, side), test=limit)
     models = {name: load(path) for name, path in zip(names, checkpoints, strict=True)}
     for name, model in models.items():
         _fits(name, model, images)
@@ -79,25 +76,6 @@ def _names(checkpoints: list[str]) -> list[str]:
     return tokens.names(
         [str(Path(c).resolve().parent) if Path(c).resolve().name == "model" else c for c in checkpoints]
     )
-
-
-def _side(checkpoints: list[str]) -> int | None:
-    """How small the images were that the models were trained on, where that is known. Raises UserError where they disagree."""
-    sides = {}
-    for path in checkpoints:
-        file = Path(path) / "data.json"
-        try:
-            data = json_.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except (OSError, ValueError, RecursionError) as e:
-            raise UserError(f"{file} is not readable JSON: {e}") from None
-        side = data.get("side") if isinstance(data, dict) else None
-        sides[path] = side if isinstance(side, int) and side > 0 else None
-    if len(set(sides.values())) > 1:
-        said = ", ".join(f"{path}: {f'{side} × {side}' if side else 'not said'}" for path, side in sides.items())
-        raise UserError(
-            f"these models were trained on images of different sizes ({said}): attack them apart, or set --side"
-        )
-    return next(iter(sides.values()))
 
 
 def _fits(name: str, model: Any, images: Any) -> None:

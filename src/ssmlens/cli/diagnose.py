@@ -10,7 +10,7 @@ from ssmlens.models.pretrained import tokens as tokens_of
 
 
 def run(
-    models: list[str], text: Path | None, token_ids: Path | None, images: str | None, inputs: Path | None, length: int, sequences: int,
+    models: list[str], text: Path | None, token_ids: Path | None, images: str | None, side: int | None, inputs: Path | None, length: int, sequences: int,
     probes: int, exact: bool, initial: bool, transformer: bool, measures: list[str] | None, seed: int, device: str, resume: bool,
     out: Path | None, json: bool,
 ) -> None:  # fmt: skip
@@ -21,6 +21,8 @@ def run(
     sources = {"--text": text, "--token-ids": token_ids, "--images": images, "--inputs": inputs}
     if len(given := [name for name, value in sources.items() if value is not None]) > 1:
         raise UserError(f"give one of {' and '.join(given)}, not both")
+    if side is not None and images is None:
+        raise UserError("--side makes images smaller: give --images SOURCE, or leave it away")
     if not models and not packaged():
         raise UserError("this installation has no packaged checkpoints; name a model")
     on = devices.chosen(device)
@@ -34,7 +36,7 @@ def run(
     loaded = {name: load(path).to(on) for name, path in zip(names, chosen, strict=True)}
     _same_kind(loaded, images is not None or inputs is not None)
     if images is not None:
-        read, source = _images(loaded, images, sequences)
+        read, source = _images(loaded, chosen, images, side, sequences)
     elif inputs is not None:
         read, source = _vectors(inputs, sequences)
     else:
@@ -78,11 +80,14 @@ def _averaged(models: dict[str, Any]) -> list[str]:
     ]
 
 
-def _images(models: dict[str, Any], source: str, sequences: int) -> tuple[Any, dict[str, Any]]:
+def _images(
+    models: dict[str, Any], paths: list[str], source: str, side: int | None, sequences: int
+) -> tuple[Any, dict[str, Any]]:
     """Test images, as many of each class as of the others, in [0, 1]."""
-    from ssmlens.tasks.images import balanced_order, read, to_unit
+    from ssmlens.cli.images import read_as_trained
+    from ssmlens.tasks.images import balanced_order, to_unit
 
-    found = read(source)
+    found = read_as_trained(source, paths, side)
     for name, model in models.items():
         wanted = getattr(getattr(model, "config", model), "d_input", found.channels)
         if wanted != found.channels:

@@ -31,21 +31,26 @@ class Found:
 
 
 def run(
-    models: list[str], images: str, limit: int | None, batch_size: int, device: str, out: Path | None, json: bool
+    models: list[str],
+    images: str,
+    side: int | None,
+    limit: int | None,
+    batch_size: int,
+    device: str,
+    out: Path | None,
+    json: bool,
 ) -> None:
     from ssmlens.cli import devices
-    from ssmlens.cli.attack import _side
+    from ssmlens.cli.images import read_as_trained
     from ssmlens.cli.output import directory, finish
-    from ssmlens.experiments.pixels import shrunk
     from ssmlens.models import Classifier
     from ssmlens.models.pretrained import load
     from ssmlens.models.pretrained.tokens import names
     from ssmlens.progress import bars
-    from ssmlens.tasks.images import balanced_order, read
+    from ssmlens.tasks.images import balanced_order
 
     on, where = devices.chosen(device), directory(out, "evaluate")
-    smaller, found = _side(models), read(images)  # as small as in training
-    found = shrunk(found, smaller) if smaller else found
+    found = read_as_trained(images, models, side)
     order = np.sort(balanced_order(found.test.labels)[:limit])
     results: list[Found] = []
     with bars("{task.percentage:>3.0f}%") as progress:

@@ -82,6 +82,11 @@ def recipe(scale: Scale, model: str, seed: int) -> dict[str, Any]:
 def run(request: Request) -> Record:
     choose("scale", request.scale, (*SCALES, "paper"))
     if request.models or request.scale == "paper":
+        if request.variants or request.seeds:
+            option = "--variant" if request.variants else "--seeds"
+            raise UserError(
+                f"{option} is of the models trained here; trained models are asked as they are: leave it away"
+            )
         return _asked(request)
     scale = SCALES[request.scale]
     models = request.variants or tuple(MODELS)
