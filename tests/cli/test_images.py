@@ -145,7 +145,7 @@ def test_images_are_made_as_small_as_in_training(tmp_path):
         right[side] = record(tmp_path / str(side))["tables"][0]["rows"][0][2]["value"]
     call("evaluate", model, "--images", "digits", "--out", tmp_path / "own")
     assert record(tmp_path / "own")["tables"][0]["rows"][0][2]["value"] == right[4] != right[8]
-    with pytest.raises(UserError, match="m: 4 × 4, .*other: not said"):
+    with pytest.raises(UserError, match=r"m: 4 × 4, .*other: not said"):
         call(*diagnose[:2], saved(tmp_path / "other"), *diagnose[2:])
 
 
