@@ -99,9 +99,56 @@ def test_gradients_go_through_the_peer(used: list[str], monkeypatch: pytest.Monk
     _, h = ops.selective_scan(**kw, return_final_state=True)
     assert used == ["selective_scan"], "its final state has no gradient"
     h.sum().backward()
-    with torch.no_grad():
+    with torch.no_grad():  # another kind: measured, and taken
         ops.selective_scan(**kw, return_final_state=True)
-    assert used == ["selective_scan"] * 2
+        used.clear()
+        ops.selective_scan(**kw, return_final_state=True)
+    assert used == ["selective_scan"]
+
+
+def test_gradients_are_measured_where_they_are_recorded(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kw = attention_arguments(True, False)
+    backwards: list[str] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor, factor: float) -> Tensor:
+            ctx.factor = factor
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+            backwards.append("theirs")
+            return dy * ctx.factor, None
+
+    factor = 1.0
+
+    def peer(**kw: Any) -> tuple[Tensor, Tensor]:
+        used.append("peer")
+        y, h = reference.gated_linear_attention(**kw)
+        return Watched.apply(y, factor), h
+
+    monkeypatch.setattr(peers, "gated_linear_attention", peer)
+    table(monkeypatch)
+    y = ops.gated_linear_attention(**kw)
+    assert len(backwards) == 2, "compared, and timed"
+    assert used == ["peer"] * 3
+    assert isinstance(y, Tensor)
+    torch.autograd.grad(y.sum(), kw["q"])
+    assert len(backwards) == 3
+    with torch.no_grad():
+        ops.gated_linear_attention(**kw)
+    assert len(backwards) == 3
+
+    factor = 1.01  # right values, wrong gradients
+    clock = table(monkeypatch)
+    with pytest.warns(RuntimeWarning, match=r"differs from ours by .* in the gradient of q"):
+        y = ops.gated_linear_attention(**kw)
+    assert clock.asked == 0
+    assert torch.equal(y, ops.gated_linear_attention(**kw, backend="cpu"))
+    assert all(t.grad is None for t in kw.values() if isinstance(t, Tensor)), (
+        "nothing of the measuring is left in the caller's"
+    )
 
 
 def test_what_a_peer_cannot_do_is_ours(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,15 +85,15 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """Of an operator that a peer computes, too."""
 
-    def ours() -> tuple[Tensor, Tensor]:
+    def ours(kw: dict[str, Any]) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = getattr(module, op)(**kw)
         return result
 
     if backend != "auto":
-        return ours()
+        return ours(kw)
     from ssmlens.ops import choice, peers
 
-    return choice.faster(op, x, kw, ours, lambda: getattr(peers, op)(**kw), final_state=final_state)
+    return choice.faster(op, x, kw, ours, lambda kw: getattr(peers, op)(**kw), final_state=final_state)
 
 
 def _widened(module: ModuleType, x: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -240,6 +240,8 @@ def gated_linear_attention(
     v: (batch, length, heads, d_value)   log_a: (batch, length, heads, d_key or 1), ≤ 0; 0 (a = 1) and -inf (a = 0) legal anywhere
     h0: (batch, heads, d_key, d_value)   bonus: (heads, d_key): y_t reads H_{t-1} + diag(bonus) k_t v_tᵀ instead of H_t (RWKV)
     Returns y like v, and H_T (batch, heads, d_key, d_value) if return_final_state.
+    Values must be finite: by matrix products over chunks, NaN or infinity reaches earlier tokens and passes resets. On a CPU, float32 numbers
+    below the smallest normal one (1.2e-38) count as zero.
     Raises ValueError or TypeError naming the argument whose shape, dtype or device is wrong."""
     with _check.naming("gated_linear_attention"):
         _check.tensor("v", v, ("batch", "length", "heads", "d_value"))
