@@ -1,6 +1,7 @@
 """Depth against width: the paper's sizes, what a run reads and trains, what is said of the results."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,62 @@ def test_smoke_runs_resumes_and_is_found_by_both_names(tmp_path: Path) -> None:
     assert len(first.figures[0].series) == 6, "a curve for every depth, default and polarized"
     json.dumps(first.config)
     assert str(tmp_path) not in first.to_json()
+    config = json.loads((tmp_path / "runs" / "polarized-9k-depth3-context32-seed0" / "config.json").read_text())
+    assert "parts" not in config["sizes"], "another number of seeds is no other run"
+    assert config["text"]["name"] == "python-reference"
     with pytest.raises(UserError, match="--resume"):
         ITEMS["figure4"].run(request(tmp_path))
     again = ITEMS["figure4"].run(request(tmp_path, resume=True))
     assert again.tables == first.tables
+
+
+def test_every_cell_comes_once_before_any_comes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def noted(jobs: object, *_: object, **__: object) -> dict[str, object]:
+        seen.extend(config for _, config in jobs)  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(depth, "sweep", noted)
+    with pytest.raises(KeyboardInterrupt):
+        depth.run(request(tmp_path, scale="laptop"))
+    order = [(config["seed"], config["size"]) for config in seen]
+    assert order == sorted(order)
+    count = {
+        (v, size): sum((c["variant"], c["size"]) == (v, size) for c in seen)
+        for v in ("default", "polarized", "half-rate")
+        for size in (204_000, 600_000, 2_000_000)
+    }
+    assert list(count.values()) == [30, 16, 6, 18, 6, 0, 18, 0, 0]
+
+
+def test_polarized_models_are_as_large_but_for_two_transitions() -> None:
+    for layers in (2, 32):
+        counts = {}
+        for variant in ("default", "polarized"):
+            c = depth_runs.model(SCALES["laptop"], variant, 204_000, layers, 256)
+            lm = LanguageModel(c)
+            counts[variant] = sum(p.numel() for p in lm.parameters())
+            assert lm.backbone.blocks[0].mixer.d_state == 16
+        assert counts["default"] - counts["polarized"] == layers * 2 * 2 * c.d_model
+
+
+def test_a_text_is_known_by_its_contents(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat on the mat . " * 400)
+    first = texts.identity(str(text), None)
+    given = request(tmp_path / "out", data=str(text), variants=("half-rate",))
+    ITEMS["figure4"].run(given)
+    (tmp_path / "elsewhere").mkdir()
+    moved = text.rename(tmp_path / "elsewhere" / "a.txt")
+    assert texts.identity(str(moved), None) == first
+    assert ITEMS["figure4"].run(replace(given, data=str(moved), resume=True)).notes
+    moved.write_text("the dog sat on the mat . " * 400)  # as long
+    with pytest.raises(UserError, match=r"text\.sha256 was"):
+        ITEMS["figure4"].run(replace(given, data=str(moved), resume=True))
+    assert texts.identity("datasets:a/b", "hub/name") == {
+        "name": "datasets:a/b", "sha256": None, "tokenizer": "hub/name", "tokenizer_sha256": None,
+    }  # fmt: skip
 
 
 def test_both_contexts_are_judged_on_the_same_text(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@
 
 What is trained is in `depth_runs.py`; here the runs are made, and their results become a record."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ssmlens import files
 from ssmlens.experiments.base import Claim, Item, Request, choose, claims_config, claims_table, claims_verdict, side
-from ssmlens.experiments.depth_runs import SCALES, VARIANTS, Part, Scale, text, work
+from ssmlens.experiments.depth_runs import SCALES, VARIANTS, Part, Scale, known, source, text, work
 from ssmlens.results import Cell, Column, Figure, Record, Series, Table, Value, provenance
 from ssmlens.training import sweep, sweep_provenance
 
@@ -73,13 +75,16 @@ def run(request: Request) -> Record:
     ).exists():  # a text that cannot be read, or is too short, is named before anything runs
         for context in scale.contexts:
             text(scale, request.data, context, 0, request.out / "packed")
+    read = known(scale, request.data)
+    files.write(source(files.make_directory(request.out), read), json.dumps(request.data) + "\n")
     parts = tuple(part for part in scale.parts if part.variant in variants)
     jobs = [
         (_id(part.variant, size, depth, context, seed),
-         {"item": "figure4", "scale": request.scale, "sizes": asdict(scale), "data": request.data, "variant": part.variant, "size": size, "depth": depth,
+         {"item": "figure4", "scale": request.scale, "sizes": scale.shared, "text": read, "variant": part.variant, "size": size, "depth": depth,
           "context": context, "seed": seed})
         for part in parts for seed in _seeds(part, request.seeds) for size in part.sizes for depth in part.depths for context in scale.contexts
     ]  # fmt: skip
+    jobs.sort(key=lambda job: (job[1]["seed"], job[1]["size"]))  # each once before any twice, the cheap before the dear
     results = sweep(
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
         progress=request.progress, title=f"figure4, {request.scale}",

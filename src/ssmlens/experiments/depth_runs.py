@@ -6,9 +6,9 @@ A size is a number of parameters; for every depth the width is chosen that comes
 rate of their own, whatever the depth (the paper's Table 4). A batch holds so many tokens, whatever the context: a longer one means fewer sequences.
 """
 
-import hashlib
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssmlens.experiments.texts import BYTES, coding, divided
+from ssmlens.errors import UserError
+from ssmlens.experiments.texts import BYTES, coding, divided, identity
 from ssmlens.models import LanguageModel, LanguageModelConfig
 from ssmlens.tasks import corpus
 from ssmlens.tasks.corpus import CorpusConfig, CorpusStream
 from ssmlens.tasks.streamed import PackedStream, source_of
 from ssmlens.training import TrainConfig, train
+from ssmlens.training.identity import fingerprint
 from ssmlens.training.schedulers import Report
 
 VARIANTS = {
@@ -80,6 +82,11 @@ class Scale:
         return next(tier for tier in self.tiers if size <= tier.most)
 
     @property
+    def shared(self) -> dict[str, Any]:
+        """What every run depends on, whichever runs there are and however many seeds of each."""
+        return {key: value for key, value in asdict(self).items() if key not in ("parts", "variants", "compared")}
+
+    @property
     def depths(self) -> tuple[int, ...]:
         return tuple(sorted({depth for part in self.parts for depth in part.depths}))
 
@@ -96,10 +103,11 @@ SCALES = {
     "laptop": Scale(
         parts=(
             Part("default", (204_000,), (2, 4, 8, 16, 32), 3),
-            Part("polarized", (204_000,), (2, 8, 32), 2),
-            Part("half-rate", (204_000,), (2, 8, 32), 1),
+            Part("polarized", (204_000,), (2, 8, 32), 3),
+            Part("half-rate", (204_000,), (2, 8, 32), 3),
             Part("default", (600_000,), (2, 8, 32), 2),
             Part("default", (600_000,), (4, 16), 1),
+            Part("polarized", (600_000,), (2, 8, 32), 1),
             Part("default", (2_000_000,), (2, 8, 32), 1),
         ),
         tiers=(Tier(300_000, 800, 8e-3), Tier(1_000_000, 800, 6e-3), Tier(2_500_000, 800, 4e-3)),
@@ -134,10 +142,11 @@ def width(depth: int, size: int, vocab_size: int, multiple: int) -> int:
 
 
 def model(scale: Scale, variant: str, size: int, depth: int, vocab_size: int) -> LanguageModelConfig:
-    """Polarized: one state channel at one and one at zero appended, the width that of the default."""
+    """Polarized: one state channel at one and one at zero in place of learned ones, the width that of the default. The state stays as large, and
+    of the parameters those of the two transitions are gone; two channels more would be up to six times as many too much, at the deepest most."""
     return LanguageModelConfig(
         vocab_size=vocab_size, d_model=width(depth, size, vocab_size, scale.multiple), n_layers=depth, mixer="mamba", tie_word_embeddings=True,
-        polarization={"ones": 1, "zeros": 1} if variant == "polarized" else None,
+        polarization={"ones": 1, "zeros": 1, "mode": "replace"} if variant == "polarized" else None,
     )  # fmt: skip
 
 
@@ -183,7 +192,7 @@ def text(scale: Scale, data: str | None, context: int, seed: int, cache: Path) -
         return Text(stream, BYTES, found.tokens, found.targets, told)
     encode, vocab_size, end = coding(tokenizer)
     source = source_of(named)
-    cache = cache / _key(named, tokenizer)
+    cache = cache / _key(identity(named, tokenizer))
     packed = PackedStream(
         source, encode, vocab_size, cache, length=context, batch_size=batch_size, heldout=max(scale.heldout, count * longest + 1), separator=end, seed=seed
     )  # fmt: skip
@@ -197,10 +206,19 @@ def text(scale: Scale, data: str | None, context: int, seed: int, cache: Path) -
     return Text(packed, vocab_size, held.tokens, held.targets, told)
 
 
-def _key(named: str, tokenizer: str | None) -> str:
-    """A directory for what is packed of this text by this tokenizer."""
-    sizes = [Path(path).stat().st_size for path in corpus.paths(named) if Path(path).is_file()]
-    return hashlib.sha256(repr((named, tokenizer, sizes)).encode()).hexdigest()[:12]
+def known(scale: Scale, data: str | None) -> dict[str, str | None]:
+    """The text and the tokenizer that `--data` names, as a run knows them."""
+    named, tokenizer = divided(data)
+    return identity(named or scale.text, tokenizer or scale.tokenizer)
+
+
+def source(out: Path, text: dict[str, str | None]) -> Path:
+    """The file that says where a text lies. It stands beside the runs: that may change while they do not."""
+    return out / f"text-{_key(text)}.json"
+
+
+def _key(text: dict[str, str | None]) -> str:
+    return fingerprint(text)[:12]
 
 
 # ---- a run ----
@@ -232,7 +250,12 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
 
     scale = SCALES[config["scale"]]
     variant, size, depth, context, seed = (config[key] for key in ("variant", "size", "depth", "context", "seed"))
-    read = text(scale, config["data"], context, seed, directory.parents[1] / "packed")
+    data = json.loads(source(directory.parents[1], config["text"]).read_text(encoding="utf-8"))
+    if known(scale, data) != config["text"]:
+        raise UserError(
+            f"{data or scale.text} is not the text that this run began with: give that one, or another --out"
+        )
+    read = text(scale, data, context, seed, directory.parents[1] / "packed")
     torch.manual_seed(seed)
     lm = LanguageModel(model(scale, variant, size, depth, read.vocab_size))
     if depth >= scale.recompute_from:
@@ -247,6 +270,7 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
         "loss": result.metrics["loss"],
         "blur": seen.change_over_depth().value,
         "parameters": sum(p.numel() for p in lm.parameters()),
+        "embedding": read.vocab_size * lm.config.d_model,
         "width": lm.config.d_model,
         "steps": result.step,
         "tokens": result.tokens,

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from ssmlens.errors import UserError
+from ssmlens.tasks import corpus
 from ssmlens.tasks.streamed import Encode
 
 BYTES = 256
@@ -23,6 +24,32 @@ def divided(data: str | None) -> tuple[str | None, str | None]:
     if len(tokenizers) > 1 or (len(texts) > 1 and any(t.startswith("datasets:") for t in texts)):
         raise UserError("--data takes text files, or one datasets:NAME, and at most one tokenizer:FILE")
     return ",".join(texts) or None, tokenizers[0] if tokenizers else None
+
+
+def identity(text: str, tokenizer: str | None) -> dict[str, str | None]:
+    """What a run knows its text and tokenizer by: files by name and contents, wherever they lie; what is streamed or of the hub by name.
+
+    Raises UserError for a file that is not there."""
+    if text == corpus.PYTHON_REFERENCE:
+        name, digest = text, corpus.python_reference().sha256
+    elif text.startswith("datasets:"):
+        where = Path(text.removeprefix("datasets:"))
+        name, digest = f"datasets:{where.name}" if where.is_dir() else text, None
+    else:
+        paths = [Path(path) for path in corpus.paths(text)]
+        name = " + ".join(path.name for path in paths)
+        digest = hashlib.sha256("".join(map(_digest, paths)).encode()).hexdigest()
+    own = Path(tokenizer) if tokenizer and Path(tokenizer).is_file() else None
+    return {
+        "name": name, "sha256": digest, "tokenizer": own.name if own else tokenizer, "tokenizer_sha256": _digest(own) if own else None,
+    }  # fmt: skip
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"there is no text file {path}")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def coding(name: str | None) -> tuple[Encode, int, int]:
