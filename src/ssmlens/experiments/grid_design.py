@@ -18,7 +18,7 @@ in the corrected or as in the released variant, not how two of them act together
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ssmlens.experiments.recall import CONFIGURATIONS, SCALES, VARIANTS, Variant, job
+from ssmlens.experiments.recall import CONFIGURATIONS, SCALES, VARIANTS, Scale, Variant, job
 
 FACTORS = {
     "dt": "Δ's bias zeroed",
@@ -26,8 +26,12 @@ FACTORS = {
     "decay": "weight decay on A_log, D and biases too",
     "zero": "zero channel at -100",
     "order": "data in order",
+    "mix": "the released training mix",
+    "rates": "learning rate of the released recipe",
 }
 """What the released code does otherwise, by the name that it has in a cell."""
+
+FIRST = ("default-2", "both-2", "default-4", "both-4")  # what is trained before the other configurations, seed by seed
 
 _HALVES = {"dt": "released_dt", "weights": "released_weights"}
 
@@ -80,10 +84,29 @@ def _exchanged(base: Variant, factor: str, other: Variant) -> Variant:
     return replace(base, **{factor: getattr(other, factor)})
 
 
+def factors(scale: Scale) -> dict[str, str]:
+    """Those of FACTORS in which the two ends differ at this scale: the mix at the paper's alone, the learning rate below it."""
+    same = {"mix": scale.steps is not None, "rates": scale.lr[2] == scale.released_lr[2]}
+    return {factor: words for factor, words in FACTORS.items() if not same.get(factor)}
+
+
 @dataclass(frozen=True)
 class Part:
     seeds: int
     cells: tuple[Cell, ...]
+
+
+def in_order(grid: dict[str, Part]) -> list[tuple[Cell, int]]:
+    """The runs, each once: corners and factors first, of those seed by seed the configurations of FIRST, then the rest."""
+    runs = dict.fromkeys(
+        (name, cell, seed) for name, part in grid.items() for seed in range(part.seeds) for cell in part.cells
+    )
+    ordered = sorted(runs, key=lambda run: (run[0] not in ("corners", "factors"), run[2], place(run[1].configuration)))
+    return list(dict.fromkeys((cell, seed) for _, cell, seed in ordered))
+
+
+def place(configuration: str) -> int:
+    return FIRST.index(configuration) if configuration in FIRST else len(FIRST)
 
 
 def parts(scale_name: str) -> dict[str, Part]:
@@ -96,7 +119,9 @@ def parts(scale_name: str) -> dict[str, Part]:
         return tuple(Cell(v, c, **options) for v in variants for c in configurations)
 
     pair = ["default-2", "both-2"]
-    steps = [f"{base}{sign}{short}" for base, sign in (("corrected", "+"), ("released", "-")) for short in FACTORS]
+    steps = [
+        f"{base}{sign}{short}" for base, sign in (("corrected", "+"), ("released", "-")) for short in factors(scale)
+    ]
     found = {
         "corners": Part(seeds, cells(["corrected", "released"], [c.id for c in CONFIGURATIONS])),
         # without a channel at zero its value is nothing that could differ

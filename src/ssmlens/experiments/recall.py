@@ -21,24 +21,28 @@ import numpy as np
 import torch
 
 from ssmlens.models import LanguageModel, LanguageModelConfig
+from ssmlens.targets import IGNORED
 from ssmlens.tasks import mqar
 from ssmlens.training import TrainConfig, train
 from ssmlens.training.schedulers import Report
 
 PAPER_LENGTH = 1024
+FOUND = 0.8  # accuracy on short sequences, where guessing among the values has 0.4
 DT_RANGE = (0.001, 0.1)  # Mamba's, with which the paper's length is about 1.5 half-lives of the slowest channel
 
 
 @dataclass(frozen=True)
 class Variant:
     """initialization: of Mamba (its config). decay: the weight-decay groups. zero: A of a channel at zero, None for exactly -inf.
-    order: of the data. test_stop: whether the early stop looks at the test set. rates: whose learning rates. mode: of polarization.
+    order: of the data. mix: whose training mix (at paper scale). test_stop: whether the early stop looks at the test set.
+    rates: whose learning rates. mode: of polarization.
     dt_scale: Δ's initial range times this, so the slowest channel's half-life divided by it; None: paper length / length."""
 
     initialization: Literal["authors", "released", "released_dt", "released_weights"] = "authors"
     decay: Literal["corrected", "released"] = "corrected"
     zero: float | None = None
     order: Literal["shuffled", "released"] = "shuffled"
+    mix: Literal["text", "released"] = "text"
     test_stop: bool = False
     rates: Literal["corrected", "released"] = "corrected"
     mode: Literal["append", "replace"] = "append"
@@ -47,7 +51,7 @@ class Variant:
 
 VARIANTS = {
     "corrected": Variant(),
-    "released": Variant("released", "released", -100.0, "released", True, "released"),
+    "released": Variant("released", "released", -100.0, "released", "released", True, "released"),
     "rescaled": Variant(dt_scale=None),
 }
 
@@ -78,9 +82,13 @@ CONFIGURATIONS = (
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes. The longest of `lengths` is measured on, with 1/16, 1/8 and 1/4 of it as numbers of pairs, as in the paper.
+    """Sizes. The longest of `lengths` is measured on, with 1/16, 1/8 and 1/4 of it as numbers of pairs, as in the paper; `full`: the length
+    from which on there are no more pairs (None: there is none).
     steps: None for `epochs` passes over the paper's training mix with its schedule, a cosine stepped once an epoch; else so many
-    steps on fresh examples, cosine at every step. epochs: how often the data is gone through, and the early stop looked at."""
+    steps on fresh examples, cosine at every step. epochs: how often the data is gone through, and the early stop looked at.
+
+    finding: when a run finds that a value belongs to its key is chance, and with few steps decides what it ends with. So below paper scale a
+    run first sees short sequences, at a constant learning rate, until it has: then all have as long to learn to hold more."""
 
     lengths: tuple[int, ...]
     vocab_size: int
@@ -98,6 +106,8 @@ class Scale:
     early_stop: float | None = (
         None  # accuracy at which a run of the other variants ends; None: only the released one stops early
     )
+    full: int | None = None
+    finding: int = 0  # at most so many steps before the others, until the association is found; 0: none
 
     @property
     def length(self) -> int:
@@ -105,16 +115,21 @@ class Scale:
 
     @property
     def pairs(self) -> tuple[int, int, int]:
-        return self.length // 16, self.length // 8, self.length // 4
+        return self.pairs_at(self.length)
+
+    def pairs_at(self, length: int) -> tuple[int, int, int]:
+        """At least one."""
+        n = min(length, self.full or length)
+        return max(1, n // 16), max(1, n // 8), max(1, n // 4)
 
 
 SCALES = {
     "smoke": Scale(
-        lengths=(16, 32), vocab_size=32, d_model=16, batch_size=16, steps=12, epochs=2, lr={2: 4e-3, 4: 4e-3},
+        lengths=(16, 32), vocab_size=32, d_model=16, batch_size=16, steps=12, finding=4, epochs=2, lr={2: 4e-3, 4: 4e-3},
         released_lr={2: 4e-3, 4: 4e-3}, warmup_steps=2, clip=1.0, test_examples=32, seeds=2, variants=("corrected",),
     ),
     "laptop": Scale(
-        lengths=(8, 16, 32, 64), vocab_size=64, d_model=32, batch_size=128, steps=3000, epochs=20, lr={2: 1e-2, 4: 5e-3},
+        lengths=(8, 16, 32, 64), vocab_size=64, d_model=32, batch_size=128, steps=1500, finding=4000, epochs=15, lr={2: 1e-2, 4: 5e-3},
         released_lr={2: 2e-2, 4: 5e-3}, warmup_steps=100, clip=1.0, test_examples=500, seeds=5, variants=("corrected", "released"),
         early_stop=0.99,
     ),
@@ -127,23 +142,39 @@ SCALES = {
 
 def data(scale: Scale, variant: Variant, seed: int) -> mqar.MqarConfig:
     """The task. At paper scale the training mixes are the paper's (text or released code), a finite set; below it every batch
-    is drawn afresh, more of the shorter lengths, each with the same three shares of pairs (at least one): memorising plays no part."""
-    tests = mqar.paper_test_segments(scale.length, scale.test_examples)
+    is drawn afresh, so memorising plays no part: twice as many of the shortest length as of the others, which are about the shares of the
+    released mix, each with the same three shares of pairs (at least one)."""
+    tests = tuple(mqar.Segment(length=scale.length, pairs=k, examples=scale.test_examples) for k in scale.pairs)
     if scale.steps is None:
-        mix = mqar.released_mix(scale.length) if variant.order == "released" else mqar.paper_text_mix(scale.lengths)
+        mix = mqar.released_mix(scale.length) if variant.mix == "released" else mqar.paper_text_mix(scale.lengths)
     else:
-        shapes = sorted({(n, max(1, n // share)) for n in scale.lengths for share in (16, 8, 4)})
-        per_length = {n: sum(length == n for length, _ in shapes) for n in scale.lengths}
-        # the shorter the more, as in the released mix: short sequences are where the association is first learned, and cheap
-        share = {n: scale.length / n for n in scale.lengths}
-        rows = scale.steps / scale.epochs * scale.batch_size / sum(share.values())
-        mix = tuple(
-            mqar.Segment(length=n, pairs=k, examples=max(1, round(rows * share[n] / per_length[n]))) for n, k in shapes
-        )
+        mix = _mix(scale, (scale.lengths[0], *scale.lengths))
     return mqar.MqarConfig(
         vocab_size=scale.vocab_size, train=mix, test=tests, batch_size=scale.batch_size, seed=seed, order=variant.order,
         on_the_fly=scale.steps is not None,
     )  # fmt: skip
+
+
+def finding_data(scale: Scale, variant: Variant, seed: int) -> mqar.MqarConfig:
+    """The two shortest lengths alone, and those of their numbers of pairs that leave something to find."""
+    mix = _mix(scale, scale.lengths[:2])
+    tests = tuple(mqar.Segment(length=s.length, pairs=s.pairs, examples=128) for s in mix if s.pairs > 1)
+    return mqar.MqarConfig(
+        vocab_size=scale.vocab_size, train=mix, test=tests, batch_size=scale.batch_size, seed=1_000_000 + seed, order=variant.order,
+        on_the_fly=True,
+    )  # fmt: skip
+
+
+def _mix(scale: Scale, lengths: tuple[int, ...]) -> tuple[mqar.Segment, ...]:
+    """An epoch: as many examples of every length, and of every number of pairs of it; twice as many of a length that is there twice."""
+    assert scale.steps is not None
+    rows = scale.steps / scale.epochs * scale.batch_size / len(lengths)
+    return tuple(
+        mqar.Segment(length=n, pairs=k, examples=max(1, round(rows * lengths.count(n) / len(pairs))))
+        for n in dict.fromkeys(lengths)
+        for pairs in [sorted({*scale.pairs_at(n)})]
+        for k in pairs
+    )
 
 
 def dt_range(scale: Scale, variant: Variant) -> tuple[float, float]:
@@ -186,21 +217,50 @@ def training(
         schedule="cosine_epoch" if scale.steps is None else "cosine", checkpoint_every=500,
         eval_every=None if early_stop is None else per_epoch,
         early_stop=early_stop, early_stop_on="released" if variant.test_stop else "validation",
+        precision="bf16" if scale.steps is None else "fp32",
     )  # fmt: skip
 
 
+def finding_training(settings: TrainConfig, scale: Scale) -> TrainConfig:
+    """Like `settings`, at a constant learning rate, until the association is found."""
+    return settings.model_copy(
+        update={
+            "steps": scale.finding, "schedule": "constant", "warmup_steps": min(settings.warmup_steps, scale.finding // 2),
+            "eval_every": min(50, scale.finding), "early_stop": FOUND, "early_stop_on": "validation",
+        }
+    )  # fmt: skip
+
+
+Counts = dict[int, dict[int, list[int]]]
+
+
 @torch.no_grad()
-def accuracy(lm: torch.nn.Module, batches: Any) -> dict[int, float]:
-    """Share of right answers by number of pairs."""
-    correct: dict[int, int] = {}
-    asked: dict[int, int] = {}
+def recalled(lm: torch.nn.Module, batches: Any) -> Counts:
+    """[right, asked], by number of pairs and by distance from a value to where it is asked for (in tokens, the lower edges of half octaves)."""
     device = next(lm.parameters()).device
+    found: Counts = {}
     for batch in batches:
-        out = lm(torch.as_tensor(batch.tokens).to(device), targets=torch.as_tensor(batch.targets).to(device))
-        k = batch.group.pairs
-        correct[k] = correct.get(k, 0) + int(out.n_correct)
-        asked[k] = asked.get(k, 0) + int(out.n_targets)
-    return {k: correct[k] / asked[k] for k in sorted(asked)}
+        tokens, targets = torch.as_tensor(batch.tokens), torch.as_tensor(batch.targets)
+        out = lm(tokens.to(device), targets=targets.to(device))
+        rows, at = torch.nonzero(targets != IGNORED, as_tuple=True)
+        right = out.logits.argmax(-1).cpu() == targets[rows, at]
+        pairs = batch.group.pairs
+        told = (tokens[rows, 0 : 2 * pairs : 2] == tokens[rows, at, None]).int().argmax(1)
+        edges = torch.bucketize(at - (2 * told + 1), _EDGES, right=True) - 1
+        of = found.setdefault(pairs, {})
+        for edge in edges.unique().tolist():
+            here, count = edges == edge, of.setdefault(int(_EDGES[edge]), [0, 0])
+            count[0] += int(right[here].sum())
+            count[1] += int(here.sum())
+    return found
+
+
+_EDGES = torch.tensor(sorted({*(2**i for i in range(20)), *(3 * 2**i for i in range(19))}))
+
+
+def accuracy(found: Counts) -> dict[int, float]:
+    """Share of right answers by number of pairs."""
+    return {k: sum(r for r, _ in of.values()) / sum(n for _, n in of.values()) for k, of in sorted(found.items())}
 
 
 def job(
@@ -220,21 +280,21 @@ def job(
 
 
 def sized(scale: Scale, length: int | None) -> Scale:
-    """The scale with further lengths, each twice the one before, up to another longest one, a vocabulary that has room for so many
-    pairs, and as many more steps as there are more lengths."""
+    """The scale with further lengths, each twice the one before, up to another longest one, and as many more steps as there are more lengths.
+    Of pairs there are no more than before: what grows is how long they must be kept."""
     if length is None or length == scale.length:
         return scale
     lengths = list(scale.lengths)
     while lengths[-1] < length:
         lengths.append(2 * lengths[-1])
     steps = None if scale.steps is None else scale.steps * len(lengths) // len(scale.lengths)
-    return replace(scale, lengths=tuple(lengths), vocab_size=max(scale.vocab_size, length), steps=steps)
+    return replace(scale, lengths=tuple(lengths), steps=steps, full=scale.length)
 
 
 def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
     """One run, in a process of its own; resumes from what is in `directory`.
 
-    found: the share of the steps after which the accuracy was first half way from guessing to one; None: never, or not looked at."""
+    found: the step, of all, at which the association was seen to be found; None: never, or not looked at."""
     scale = sized(SCALES[config["scale"]], config["length"])
     configuration = next(c for c in CONFIGURATIONS if c.id == config["configuration"])
     variant, seed = Variant(**config["variant"]), config["seed"]
@@ -242,27 +302,37 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
     torch.manual_seed(seed)
     lm = LanguageModel(model(scale, configuration, variant))
     settings = training(scale, variant, configuration.layers, seed, stream.batches_per_epoch, config["rate"])
+    groups = lm.parameter_groups(settings.weight_decay, variant.decay)
 
-    def evaluate(lm: torch.nn.Module) -> dict[str, float]:
-        seen = accuracy(lm, stream.test() if variant.test_stop else stream.validation())
+    def accuracies(batches: Any) -> dict[str, float]:
+        seen = accuracy(recalled(lm, batches))
         mean = sum(seen.values()) / len(seen)
         return {"accuracy": mean, "test_accuracy": mean}
 
+    before, found, seconds = 0, None, 0.0
+    if scale.finding:
+        short = mqar.MqarStream(finding_data(scale, variant, seed))
+        first = train(
+            lm, short, finding_training(settings, scale), directory / "finding", evaluate=lambda _: accuracies(short.validation()), resume=True,
+            progress=lambda share: report(0.4 * share), optimizer_groups=groups,
+        )  # fmt: skip
+        before, seconds = first.step, first.seconds
+        found = first.step if first.finished == "early_stop" else None
     result = train(
-        lm, stream, settings, directory, evaluate=evaluate, resume=True, progress=report,
-        optimizer_groups=lm.parameter_groups(settings.weight_decay, variant.decay),
+        lm, stream, settings, directory, evaluate=lambda _: accuracies(stream.test() if variant.test_stop else stream.validation()), resume=True,
+        progress=lambda share: report(0.4 + 0.6 * share if scale.finding else share), optimizer_groups=groups,
     )  # fmt: skip
-    half = (1 + guessing(scale)) / 2
+    half, tested = (1 + guessing(scale)) / 2, recalled(lm, stream.test())
+    later = next((before + r["step"] for r in result.evaluations if r["evaluation"]["accuracy"] >= half), None)
     return {
-        "accuracy": {str(k): v for k, v in accuracy(lm, stream.test()).items()},
+        "accuracy": {str(k): v for k, v in accuracy(tested).items()},
+        "by_distance": {str(k): {str(d): counts for d, counts in sorted(of.items())} for k, of in tested.items()},
         "parameters": sum(p.numel() for p in lm.parameters()),
-        "steps": result.step,
-        "found": next(
-            (r["step"] / settings.steps for r in result.evaluations if r["evaluation"]["accuracy"] >= half), None
-        ),
+        "steps": before + result.step,
+        "found": later if found is None else found,
         "finished": result.finished,
-        "seconds": result.seconds,
-        "loss": [[row["step"], row["loss"]] for row in result.history[:: max(1, len(result.history) // 40)]],
+        "seconds": seconds + result.seconds,
+        "loss": [[before + row["step"], row["loss"]] for row in result.history[:: max(1, len(result.history) // 40)]],
     }
 
 
