@@ -1,16 +1,20 @@
 """Depth against width: the paper's sizes, what a run reads and trains, what is said of the results."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ssmlens.errors import UserError
 from ssmlens.experiments import ITEMS, Request, depth, depth_runs, find, texts
 from ssmlens.experiments.base import Claim, claims_table, side
-from ssmlens.experiments.depth_runs import SCALES
+from ssmlens.experiments.depth_claims import Effect, Runs
+from ssmlens.experiments.depth_runs import SCALES, Part
 from ssmlens.models import LanguageModel
 from ssmlens.results import Value
 
@@ -192,6 +196,8 @@ def test_wrong_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no text file"):
         ITEMS["figure4"].run(request(tmp_path / "y", data=str(tmp_path / "absent.txt")))
     assert not (tmp_path / "y" / "runs").exists(), "named before anything runs"
+    with pytest.raises(UserError, match="no half-rate models at paper scale"):
+        ITEMS["figure4"].run(request(tmp_path / "z", scale="paper", variants=("half-rate",)))
     with pytest.raises(UserError, match="did you mean 'default'"):
         ITEMS["figure4"].run(request(tmp_path / "x", variants=("defalt",)))
 
@@ -216,50 +222,127 @@ def test_recomputing_changes_no_gradient() -> None:
 # ---- what is said ----
 
 
-def made(loss: dict[tuple[str, int, int, int, int], float]) -> depth.Runs:
-    """Results by (variant, size, depth, context, seed)."""
-    scale = SCALES["laptop"]
-    results = {depth._id(v, size, d, c, s): {"loss": x} for (v, size, d, c, s), x in loss.items()}
-    return depth.Runs(scale, scale.parts, None, results)
+def losses(rule: Callable[[str, int, int], float], parts: tuple[Part, ...] | None = None, noise: float = 0.002) -> Runs:
+    """Results of the laptop design, as its runs would leave them: loss by (variant, depth, context)."""
+    scale, draw = SCALES["laptop"], torch.Generator().manual_seed(0)
+
+    def result(variant: str, size: int, d: int, context: int) -> dict[str, object]:
+        wide = depth_runs.width(d, size, 256, 2)
+        return {
+            "loss": rule(variant, d, context) + noise * float(torch.randn((), generator=draw)) + size / 1e7, "blur": 0.5, "embedding": 256 * wide,
+            "parameters": depth_runs.parameters(d, wide, 256) - 4 * wide * d * (variant == "polarized"), "width": wide, "steps": 800, "tokens": 819_200,
+            "seconds": 60.0, "text": {"name": "a.txt", "sha256": "0" * 64, "tokens": 10**6, "unit": "bytes"}, "history": [],
+        }  # fmt: skip
+
+    keys = [
+        (p.variant, size, d, c, s)
+        for p in parts or scale.parts for size in p.sizes for d in p.depths for c in scale.contexts for s in range(p.seeds)
+    ]  # fmt: skip
+    return Runs(scale, {key: result(*key[:4]) for key in keys})
 
 
-def losses(rule: object) -> depth.Runs:
-    scale = SCALES["laptop"]
-    noise = torch.Generator().manual_seed(0)
-    return made(
-        {
-            (p.variant, size, d, c, s): rule(p.variant, d, c) + 0.002 * float(torch.randn((), generator=noise)) + size / 1e7  # type: ignore[operator]
-            for p in scale.parts for size in p.sizes for d in p.depths for c in scale.contexts for s in range(p.seeds)
-        }
-    )  # fmt: skip
+def papers(variant: str, d: int, context: int) -> float:
+    """A valley, deeper at the longer context, and what polarization would bring."""
+    far, near = {2: 0.3, 4: 0.15, 8: 0.0, 16: 0.1, 32: 0.2}, {2: 0.0, 4: 0.01, 8: 0.02, 16: 0.2, 32: 0.4}
+    return 2 + (far if context == 512 else near)[d] - (0.1 if variant == "polarized" and d == 32 else 0)
 
 
 def test_claims_follow_the_losses() -> None:
-    def papers(variant: str, d: int, context: int) -> float:
-        valley = (
-            {2: 0.3, 4: 0.15, 8: 0.0, 16: 0.1, 32: 0.2}
-            if context == 512
-            else {2: 0.0, 4: 0.01, 8: 0.02, 16: 0.2, 32: 0.4}
-        )
-        return 2 + valley[d] - (0.1 if variant == "polarized" and d == 32 else 0)
-
-    assert [c.outcome for c in depth.claims_of(losses(papers))] == ["agrees"] * 7
+    claims = depth.claims_of(losses(papers))
+    assert [c.outcome for c in claims] == ["agrees"] * 7
     opposite = depth.claims_of(losses(lambda variant, d, context: 2 - papers(variant, d, context)))
     assert [c.outcome for c in opposite] == ["differs"] * 4 + ["agrees"] + ["differs"] * 2, "a spread has no sign"
-    nothing = depth.claims_of(losses(lambda variant, d, context: 2.0))
-    assert "agrees" not in {c.outcome for c in nothing[:4]} or len({c.outcome for c in nothing}) > 1
-    first = depth.claims_of(losses(papers))[0]
-    assert first.n == 6, "three seeds, two, one"
+    assert [c.outcome for c in depth.claims_of(losses(papers), smoke=True)] == ["not comparable"] * 7
+    first = claims[0]
     assert first.value == pytest.approx(0.4, abs=0.01)
+    assert first.n == 4, "three seeds, two, one: three degrees of freedom"
+    assert "seeds of 204k: 3, 600k: 2, 2M: 1; 3 degrees of freedom" in first.why
+    assert "2, 8 and 32 layers stand in for the paper's 16, 32, 72" in first.why
+    assert first.ours.count("+0.4") + first.ours.count("+0.39") >= 4, "the mean and each of the sizes"
+
+
+def test_sizes_weigh_the_same_and_the_error_is_of_seeds() -> None:
+    found = Effect({1: [1.0, 3.0, 2.0], 2: [10.0], 3: [5.0, 7.0]})
+    value, pooled = found.mean(), (2.0 + 2.0) / 3
+    assert (value.value, value.n, value.unit) == (pytest.approx((2 + 10 + 6) / 3), 4, "nats")
+    assert value.stderr == pytest.approx((pooled * (1 / 3 + 1 + 1 / 2)) ** 0.5 / 3)
+    assert found.mean(2).stderr == pytest.approx(pooled**0.5), "a size of one seed has the spread of the others"
+    assert Effect({1: [1.0], 2: [3.0]}).mean() == Value(value=2.0, n=1, unit="nats")
+    assert Effect({1: [1.0], 2: [3.0]}).outcome(True) == "undecided"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=6))
+def test_of_one_size_it_is_the_usual_mean(numbers: list[float]) -> None:
+    value, usual = Effect({7: numbers}).mean(), Value.mean(numbers, "nats")
+    assert (value.value, value.stderr, value.n) == (
+        pytest.approx(usual.value), pytest.approx(usual.stderr, abs=1e-9), usual.n,
+    )  # fmt: skip
+
+
+def test_sizes_that_surely_differ_in_sign_decide_nothing() -> None:
+    apart = {1: [2.0, 2.02, 1.98], 2: [2.01], 3: [-0.5]}
+    assert side(Effect(apart).mean()) == "agrees"
+    assert Effect(apart).outcome(True) == Effect(apart).outcome(False) == "undecided"
+    assert Effect(apart).against() == [3]
+    assert Effect(apart | {3: [-0.05]}).outcome(True) == "agrees", "-0.05 is within the noise"
+    assert Effect({size: [-x for x in each] for size, each in apart.items() if size < 3}).outcome(True) == "differs"
+
+
+def test_the_record_of_the_laptop_design() -> None:
+    record = depth.record("laptop", losses(papers), {})
+    assert [t.id for t in record.tables] == [
+        "claims",
+        "loss-default",
+        "loss-polarized",
+        "loss-half-rate",
+        "rates",
+        "training",
+    ]
+    claims, default, polarized, _, rates, _ = record.tables
+    assert (
+        "(2.3 % more), 32 layers +2.0 % against 2; outside the embedding 86 % of them at 2 layers, 97 % at 32"
+        in claims.method
+    )
+    assert "N stays 16" in polarized.method
+    assert "-0.3 to -1.5 % of the parameters" in polarized.method
+    names = [column.name for column in default.columns]
+    rows = {(row[0], row[1]): dict(zip(names, row, strict=True)) for row in default.rows}
+    assert len(rows) == 13
+    counts = {key: row["against 2 layers, 512"].n for key, row in rows.items() if key[1] != 2}  # type: ignore[union-attr]
+    assert (counts["204k", 16], counts["600k", 8], counts["600k", 16], counts["2M", 32]) == (3, 2, 1, 1), (
+        "of the seeds that both depths have"
+    )
+    assert len(rates.rows) == 4
+    assert {f.id for f in record.figures} == {"loss-context-128", "loss-context-512", "by-depth"}
+    assert record.seeds == [0, 1, 2]
+    assert sum(note.startswith("Learning rate, 204k") for note in record.notes) == 2
+    assert any("default 600k at 4, 16 layers, 1 seed;" in note for note in record.notes)
+    json.dumps(record.config)
+
+
+def test_a_rate_that_mends_depth_is_told_from_one_that_does_not() -> None:
+    def rule(variant: str, d: int, context: int) -> float:
+        return {"half-rate": {2: 2.2, 8: 2.0, 32: 2.1}}.get(variant, {2: 2.0, 8: 2.1, 32: 2.5}).get(d, 2.0)
+
+    table = depth.rates(losses(rule))
+    assert table is not None
+    size, layers, context, full, half, moved, best, which = table.rows[-1]
+    assert (size, layers, context, which) == ("204k", 32, 512, "half, peak")
+    assert [v.value for v in (full, half, moved, best)] == pytest.approx([0.5, -0.1, -0.6, 0.1], abs=0.01)  # type: ignore[union-attr]
+    assert full.n == 3  # type: ignore[union-attr]
+    alone = losses(rule, tuple(p for p in SCALES["laptop"].parts if p.variant == "default"))
+    assert depth.rates(alone) is None
 
 
 def test_without_polarized_runs_nothing_is_said_of_them() -> None:
-    scale = SCALES["laptop"]
-    runs = losses(lambda variant, d, context: 2.0)
-    alone = depth.Runs(scale, tuple(p for p in scale.parts if p.variant == "default"), 1, runs.results)
+    alone = losses(papers, tuple(replace(p, seeds=1) for p in SCALES["laptop"].parts if p.variant == "default"))
     claims = depth.claims_of(alone)
     assert [c.item for c in claims] == ["Figure 4"] * 5
-    assert claims[0].n == 3, "one seed of each size"
+    assert {c.outcome for c in claims} == {"undecided"}, "one seed of each size has no spread"
+    assert "no interval" in claims[0].ours
+    half = losses(papers, tuple(p for p in SCALES["laptop"].parts if p.variant == "half-rate"))
+    assert {c["outcome"] for c in depth.record("laptop", half, {}).config["claims"]} == {"not comparable"}
 
 
 def test_sides_and_the_table_of_claims() -> None:

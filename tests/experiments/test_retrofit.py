@@ -36,6 +36,7 @@ def test_what_was_found_is_said_seed_by_seed_and_no_more():
     assert (
         "none of the four is a far needle worth anything" in nothing
     )  # 0 to 2 over three seeds, give or take the gain
+    assert "up to 4 nats, or cost up to 1.5" in nothing, "little is known, which is not that there is little"
     assert "loss +0.1 bits/byte" in before
     assert "worse" in before
     assert all(word in polarized for word in ("-0.5 bits/byte", "better", "stronger", "worth more"))
@@ -49,6 +50,19 @@ def test_what_was_found_is_said_seed_by_seed_and_no_more():
     assert [f.id for f in record.figures] == ["influence", "influence-ratio", "needle"]
     assert all(y == pytest.approx(1) for s in record.figures[1].series for y in s.y)
     assert [s.name for s in record.figures[2].series] == list(retrofit.WAYS.values())
+
+
+def test_what_alone_would_count_may_be_chance_among_six_comparisons():
+    found = fabricated(0.5)
+    for s, gain in enumerate((0.03, 0.04, 0.06)):  # p = 0.04
+        found[f"seed{s}"]["polarized"]["bits"] = found[f"seed{s}"]["plain"]["bits"] - gain
+    polarized = retrofit.record("laptop", [0, 1, 2], found, {}, corpus.python_reference()).verdict[1]
+    assert (
+        "loss -0.043 bits/byte, 95 % interval -0.081 to -0.0054: seems better (alone it would count, among 6"
+        in polarized
+    )
+    assert "worth more;" not in polarized.split("far needle")[0]
+    assert "seems" not in polarized.split("trace")[1].split(".")[0]
 
 
 def test_the_smallest_run_resumes_and_has_every_part(tmp_path):

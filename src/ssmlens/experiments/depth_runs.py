@@ -142,8 +142,8 @@ def width(depth: int, size: int, vocab_size: int, multiple: int) -> int:
 
 
 def model(scale: Scale, variant: str, size: int, depth: int, vocab_size: int) -> LanguageModelConfig:
-    """Polarized: one state channel at one and one at zero in place of learned ones, the width that of the default. The state stays as large, and
-    of the parameters those of the two transitions are gone; two channels more would be up to six times as many too much, at the deepest most."""
+    """Polarized: one state channel at one and one at zero in place of learned ones, the width that of the default. That is 4 d_model parameters a layer
+    less (two transitions of each inner channel); appended, they would be 8 d_model more, most of all in the deepest models."""
     return LanguageModelConfig(
         vocab_size=vocab_size, d_model=width(depth, size, vocab_size, scale.multiple), n_layers=depth, mixer="mamba", tie_word_embeddings=True,
         polarization={"ones": 1, "zeros": 1, "mode": "replace"} if variant == "polarized" else None,

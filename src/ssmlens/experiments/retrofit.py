@@ -24,7 +24,7 @@ import torch
 from ssmlens import files
 from ssmlens.errors import UserError
 from ssmlens.experiments import needle
-from ssmlens.experiments.base import Item, Request, choose
+from ssmlens.experiments.base import Item, Request, choose, holm
 from ssmlens.results import Cell, Column, Figure, Record, Series, Table, Value, provenance
 from ssmlens.tasks import corpus
 from ssmlens.tasks.corpus import Corpus, CorpusConfig, CorpusStream
@@ -227,7 +227,8 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
             id="retrofit-gain", title="Against an equally long training without polarization",
             rows=[[WAYS[way], *(gain(way, key) for key in MEASURES)] for way in ("polarized", "new")],
             columns=[Column(name="model"), *columns], meaning="What polarization changed. Zero: nothing.",
-            method="Differences seed by seed, then their mean ± standard error.",
+            method="Differences seed by seed, then their mean ± standard error. What the verdict says of losses, traces and needles here holds for all six together "
+            "(Holm's correction); every interval, and what is said against before, by itself.",
         ),
         Table(
             id="retrofit-seeds", title="Seed by seed",
@@ -285,19 +286,27 @@ def record(scale_name: str, seeds: list[int], results: dict[str, Any], made_by: 
             "seeds, bars are standard errors over seeds.",
         ),
     ]  # fmt: skip
+    asked = {(way, key): gain(way, key) for way in ("polarized", "new") for key in WORDS}
+    p = {" ".join(each): p for each, v in asked.items() if (p := v.p_value()) is not None}
+    chance = {name for name, adjusted in holm(p).items() if adjusted >= 0.05}
+
+    def says(way: str, key: str) -> str:
+        return _says(asked[way, key], key, len(asked) if f"{way} {key}" in chance else 1)
+
     verdict = [
         f"Training on without polarization, against before: {_says(gain('plain', 'bits', 'before'), 'bits')}.",
         *(
             f"{label[0].upper()}{label[1:]}, against an equally long training without polarization: "
-            + "; ".join(_says(gain(way, key), key) for key in WORDS)
+            + "; ".join(says(way, key) for key in WORDS)
             + f". Against before: {_says(gain(way, 'bits', 'before'), 'bits')}."
             for way, label in list(WAYS.items())[2:]
         ),
     ]  # fmt: skip
-    worth = [of(way, "needle").interval() for way in WAYS]
-    if all(bounds is not None and bounds[0] <= 0 <= bounds[1] for bounds in worth):
+    worth = [bounds for way in WAYS if (bounds := of(way, "needle").interval()) is not None]
+    if worth and all(low <= 0 <= high for low, high in worth):
         verdict.append(
-            "In none of the four is a far needle worth anything that these seeds can tell from zero: what differs there is next to nothing."
+            "In none of the four is a far needle worth anything that these seeds can tell from zero; by their intervals it may be worth up to "
+            f"{max(high for _, high in worth):.2g} nats, or cost up to {-min(low for low, _ in worth):.2g}."
         )
     if scale_name == "smoke":
         verdict = [
@@ -326,13 +335,18 @@ def _numbers(run: dict[str, Any], scale: Scale) -> dict[str, float]:
     return {key: run[key] for key in ("bits", "seen", "trace", "context")} | {"needle": sum(far) / len(far)}
 
 
-def _says(v: Value, key: str) -> str:
+def _says(v: Value, key: str, among: int = 1) -> str:
+    """among: how many comparisons were made, if with so many it is not beyond chance."""
     name, (less, more) = MEASURES[key][0], WORDS[key]
-    bounds = v.interval()
+    told, bounds = f"{name} {v.value:+.2g} {v.unit}".rstrip(), v.interval()
     if bounds is None:
-        return f"{name} {v.value:+.2g} {v.unit}".rstrip() + " (one seed)"
-    word = less if bounds[1] < 0 else more if bounds[0] > 0 else "no difference that these seeds can show"
-    return f"{name} {v.value:+.2g} {v.unit}".rstrip() + f", 95 % interval {bounds[0]:+.2g} to {bounds[1]:+.2g}: {word}"
+        return f"{told} (one seed)"
+    word = less if v.value < 0 else more
+    if bounds[0] <= 0 <= bounds[1]:
+        word = "no difference that these seeds can show"
+    elif among > 1:
+        word = f"seems {word} (alone it would count, among {among} comparisons it may be chance)"
+    return f"{told}, 95 % interval {bounds[0]:+.2g} to {bounds[1]:+.2g}: {word}"
 
 
 ITEM = Item(

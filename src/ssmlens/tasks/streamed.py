@@ -7,6 +7,9 @@
     DIR/00000.json      where the source stood behind it     DIR/00000.rest.npy   tokens read already that belong to the next chunk
     DIR/end.json        how many chunks there are, once the source has ended; then it is gone through again
 
+Held-out blocks lie inside documents whose rest is trained on, and a window runs on over the end of a document: the separator is all that tells, no
+state is reset.
+
 What a chunk holds depends on the source alone, so a run that was killed finds, or makes again, the same batches; two processes that make the
 same chunk write the same bytes. Sources: text files (.txt; .jsonl with a field "text") and data sets of the hub, streamed.
 """
