@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
 Made by `python tools/results_doc.py` from the records under `results/`; do not edit. Each directory there holds the record
-(`results.json`), its page (`report.html`) and its pictures. ± is one standard error over seeds.
+(`results.json`), its page (`report.html`) and its pictures. ± is one standard error; over what, each table says.
 """
 
 

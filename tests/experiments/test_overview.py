@@ -20,9 +20,9 @@ def _record(name, claims=()):
     )
 
 
-def _claim(outcome):
+def _claim(outcome, item="Table 9"):
     return Claim(
-        item="Table 9",
+        item=item,
         claim="It forgets.",
         paper="yes",
         ours="0.5",
@@ -37,12 +37,14 @@ def _claim(outcome):
 def test_claims_are_gathered_and_counted():
     records = {
         "a": _record("a", [_claim("agrees"), _claim("differs")]),
-        "b": _record("b", [_claim("agrees")]),
+        "b": _record("b", [_claim("agrees", "Figure 9a")]),
         "c": _record("c"),
     }
     made = overview.record("laptop", records, {"d": "no images"})
     assert made.verdict[0] == "1 of the items could not be run: d."
-    assert "Agrees: 2 of 3 statements of the paper." in made.verdict
+    assert "Agrees: 2 of 3 comparisons with the paper." in made.verdict
+    assert any(said.startswith("They belong to 2 of the paper's tables and figures") for said in made.verdict)
+    assert "statements of the paper" not in made.to_json()
     assert [link.href for link in made.links] == ["a/report.html", "b/report.html", "c/report.html"]
     claims, items = made.tables
     assert len(claims.rows) == 3

@@ -96,7 +96,10 @@ def test_donors_are_of_the_target_class_and_all_of_them_serve():
     labels = np.arange(200) % 4
     found = pixels.donors(labels, 3, (0, 3))
     assert set(labels[found]) == {3}
-    assert len(set(found)) > 40
+    assert set(np.bincount(found[labels != 3], minlength=200)[3::4]) == {3}  # each of 50 for 150 victims
+    uneven = pixels.donors(labels[:50], 3, (0, 3))[labels[:50] != 3]
+    assert set(np.bincount(uneven, minlength=50)[3::4]) == {3, 4}  # 12 for 38
+    assert (pixels.donors(labels, 3, (1, 3)) != found).mean() > 0.9
     assert (pixels.donors(labels, 3, (0, 3)) == found).all()
     with pytest.raises(UserError, match="no image is of class 9"):
         pixels.donors(labels, 9, (0,))
@@ -187,6 +190,45 @@ def test_a_target_is_aimed_at():
     assert int((found.predicted == 2)[others].sum()) > 0.8 * int(others.sum())
     assert (found.predicted == 2)[~others].all()
     assert (found.after <= found.before + 1e-5).all()
+
+
+@given(st.floats(0, 0.5), st.integers(0, 4), st.integers(1, 5), st.integers(0, 3))
+def test_the_search_stays_in_ball_region_and_range_and_never_helps(epsilon, start, width, seed):
+    x, y = images(8)
+    x[0], x[1] = 0.0, 1.0
+    region, model = Region(start, min(6, start + width)), Linear()
+    found = pixels.search(model, x, y, region, epsilon, 6, seed=(seed,))
+    moved = found.pixels - x
+    moved[:, region.here] = 0
+    assert (moved == 0).all()
+    assert (found.pixels - x).abs().max() <= epsilon + 1e-6
+    assert found.pixels.min() >= 0
+    assert found.pixels.max() <= 1
+    assert torch.equal(model(found.pixels).argmax(1), found.predicted)
+    assert (found.after >= found.before).all()
+    assert (found.after[found.predicted != y] >= 0).all()
+    assert (found.after[found.predicted == y] <= 0).all()
+    parts = pixels.search(model, x, y, region, epsilon, 6, seed=(seed,), batch_size=3)
+    assert torch.allclose(parts.pixels, found.pixels)
+
+
+def test_the_search_needs_no_gradient_and_grows_with_its_queries():
+    x, y = images(200)
+    slow = Linear(scale=0.3)
+    model = lambda x: torch.floor(slow(x) * 100)  # noqa: E731  flat everywhere
+    y = model(x).argmax(1)
+    right = [int((pixels.search(model, x, y, Region(0, 4), 0.1, n).predicted == y).sum()) for n in (0, 5, 60)]
+    assert right[0] > right[1] > right[2]
+    best = int((pixels.pgd(slow, x, y, Region(0, 4), PGD(0.1, 20)).predicted == y).sum())
+    assert best <= right[2] <= best + 20  # of 200: nearly what the gradient of the smooth model finds
+
+
+def test_slopes_are_the_gradient_of_each_images_own_loss():
+    x, y = images(7)
+    model = Linear()
+    found = pixels.slopes(model, x, y, batch_size=3)
+    expected = (model(x).softmax(1) - torch.nn.functional.one_hot(y, 3)) @ model.weight
+    assert torch.allclose(found.flatten(1), expected, atol=1e-5)
 
 
 def test_batches_change_nothing_and_parameters_get_no_gradient():

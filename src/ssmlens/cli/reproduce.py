@@ -19,6 +19,7 @@ def run(
 ) -> None:  # fmt: skip
     from ssmlens.cli.output import directory, finish
     from ssmlens.experiments import SCALES, Request, choose, find
+    from ssmlens.experiments.base import Stopped
 
     chosen = None if item == ALL else find(item)
     choose("scale", scale, SCALES if chosen is None else chosen.scales)
@@ -40,7 +41,12 @@ def run(
     if chosen is None:
         _all(request, sources, json)
     else:
-        finish(chosen.run(replace(request, data=sources.get(chosen.name))), where, json)
+        try:
+            made = chosen.run(replace(request, data=sources.get(chosen.name)))
+        except Stopped as stopped:
+            finish(stopped.record, where, json)
+            raise
+        finish(made, where, json)
 
 
 def _sources(given: list[str], chosen: "Item | None") -> dict[str, str]:
@@ -69,6 +75,7 @@ def _all(request: "Request", sources: dict[str, str], json: bool) -> None:
     """Items that cannot run are named at the end; the others are not kept waiting by them. Raises UserError then."""
     from ssmlens.cli.output import finish, write
     from ssmlens.experiments import ITEMS, overview
+    from ssmlens.experiments.base import Stopped
 
     records, missing = {}, {}
     for name, item in ITEMS.items():
@@ -81,6 +88,9 @@ def _all(request: "Request", sources: dict[str, str], json: bool) -> None:
         try:
             records[name] = item.run(replace(request, out=work, data=sources.get(name), resume=resume))
             write(records[name], request.out / name)
+        except Stopped as stopped:
+            write(stopped.record, request.out / name)
+            raise
         except UserError as error:
             missing[name] = str(error)
     finish(overview.record(request.scale, records, missing), request.out, json)

@@ -83,19 +83,38 @@ def side(value: Value, above: bool = True, of: float = 0.0) -> Outcome:
     return "undecided"
 
 
+def helps(gain: Value, adjusted: float, margin: float) -> Outcome:
+    """Whether something helps, as claimed, by a p-value adjusted for all that is claimed beside it: agrees: more than chance (5 %) and
+    at least `margin`; differs: a loss that is more than chance, or a 95 % interval wholly within ± margin; undecided otherwise."""
+    bounds = gain.interval()
+    if adjusted < 0.05 and gain.value < 0:
+        return "differs"
+    if bounds is not None and -margin < bounds[0] and bounds[1] < margin:
+        return "differs"
+    return "agrees" if adjusted < 0.05 and gain.value >= margin else "undecided"
+
+
+class Stopped(KeyboardInterrupt):
+    """An item was stopped; `record` is of what it had finished."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        super().__init__()
+
+
 def claims_config(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     """For `config["claims"]` of the record, from which a page over all items is made."""
     return [asdict(claim) for claim in claims]
 
 
 def claims_verdict(claims: Sequence[Claim], smoke: bool = False) -> list[str]:
-    """How many of the paper's statements hold here, then each of them with what was found."""
+    """How many comparisons with the paper came out how, then each of them with what was found."""
     if smoke:
         return ["Smoke scale: this shows that every part runs. Nothing is measured that would mean anything."]
     counts = {outcome: sum(c.outcome == outcome for c in claims) for outcome in get_args(Outcome)}
     words = ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
     return [
-        f"Of {len(claims)} statements held against the paper: {words}.",
+        f"Of {len(claims)} comparisons with the paper: {words}.",
         *(f"{c.claim} Here: {c.ours}: {c.outcome}." for c in claims),
     ]
 
@@ -109,8 +128,8 @@ def claims_table(claims: Sequence[Claim]) -> Table:
     ]  # fmt: skip
     return Table(
         id="claims", title="Beside the paper", columns=[Column(name=n) for n in names], rows=rows,
-        meaning="Agrees or differs: the whole 95 % interval lies on the side that the paper claims, or on the other. Undecided: on both.",
-        method="Every interval by itself: of twenty that hold nothing, one is expected to look like something.",
+        meaning="Agrees or differs: the whole 95 % interval lies on the side that the paper claims, or on the other; undecided: on both; unless “why” says otherwise.",
+        method="Every interval by itself, unless “why” says otherwise: of twenty that hold nothing, one is expected to look like something.",
     )  # fmt: skip
 
 

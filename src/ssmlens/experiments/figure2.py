@@ -8,10 +8,9 @@ seeds.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
 
 from ssmlens.errors import UserError
 from ssmlens.experiments import needle
@@ -26,57 +25,16 @@ from ssmlens.experiments.base import (
     claims_verdict,
     side,
 )
+from ssmlens.experiments.figure2_runs import DEPTHS, MODELS, SCALES, Scale, recipe, work
+from ssmlens.experiments.needle_statements import Memory
 from ssmlens.results import Column, Figure, Map, Panel, Record, Series, Table, Value, provenance
 from ssmlens.training import sweep, sweep_provenance
-from ssmlens.training.schedulers import Report
 
-DEPTHS = tuple(i / 8 for i in range(9))
-
-MODELS: dict[str, dict[str, Any]] = {
-    "mamba": {"mixer": "mamba"},
-    "polarized": {"mixer": "mamba", "polarization": {"ones": 1, "zeros": 1}},
-    "transformer": {"mixer": "attention", "mixer_config": {"n_heads": 4}, "mlp": "swiglu", "mlp_ratio": 1.33},
-}
-LOST = 20.0  # % found, where guessing finds 6: below, a model knows nothing of what stands where
+LOST = 20.0  # % found, where guessing finds 6: what finds less at either end knows nothing of what stands where
+ALIKE = 10.0  # points: an interval within as many of zero shows that both ends are alike
 LABELS = {"mamba": "Mamba", "polarized": "Mamba, polarized", "transformer": "transformer"}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """trained, measured: lengths in tokens. steps: of training. prompts: for every length and depth. d_model: of all models."""
-
-    trained: tuple[int, ...]
-    measured: tuple[int, ...]
-    grow_every: int
-    steps: int
-    d_model: int
-    prompts: int
-    seeds: int
-
-
-SCALES = {
-    "smoke": Scale((16, 32), (16, 32, 64), 4, 8, 16, 8, 2),
-    "laptop": Scale((16, 32, 64, 128, 256), (64, 256, 1024, 4096), 100, 800, 64, 100, 5),
-}
-
-
 PAPER_MODELS = ("mistralai/Mamba-Codestral-7B-v0.1", "mistralai/Mistral-7B-v0.3")
 PAPER_LENGTHS, PAPER_DEPTHS = (1024, 2048, 4096, 8192), tuple(i / 10 for i in range(11))
-
-
-def recipe(scale: Scale, model: str, seed: int) -> dict[str, Any]:
-    """The run as `ssmlens train` would be told it: the keys of configs/needle-*.toml."""
-    return {
-        "seed": seed,
-        "model": {"vocab_size": 64, "d_model": scale.d_model, "n_layers": 2, **MODELS[model]},
-        "data": {
-            "task": "needle", "vocab_size": 64, "keys": 16, "lengths": list(scale.trained), "grow_every": scale.grow_every, "batch_size": 4,
-        },
-        "training": {
-            "steps": scale.steps, "lr": 3e-3, "min_lr": 3e-5, "warmup_steps": min(100, scale.steps // 2), "weight_decay": 0.1, "clip": 1.0,
-            "eval_every": 200, "checkpoint_every": 200,
-        },
-    }  # fmt: skip
 
 
 def run(request: Request) -> Record:
@@ -106,10 +64,10 @@ def run(request: Request) -> Record:
 
 
 def _asked(request: Request) -> Record:
-    """Statements instead of keys, of trained models; a recurrent one comes first, and what it is compared with behind it."""
+    """Statements instead of keys, of trained models: one that is recurrent is held against the paper's Mamba, one of attention against its transformer."""
     import torch
 
-    from ssmlens.experiments.needle_statements import statements
+    from ssmlens.experiments.needle_statements import memory, statements
     from ssmlens.models.pretrained import load, tokens
 
     paths = request.models or PAPER_MODELS
@@ -121,10 +79,11 @@ def _asked(request: Request) -> Record:
     for name, model in loaded.items():
         if not getattr(model, "can_generate", bool)():
             raise UserError(f"{name} is a {type(model).__name__}: only a language model can be asked for a needle")
+    kinds = {name: memory(model) for name, model in loaded.items()}
     asked = statements(
         loaded, paths, None, lengths, list(depths), 16, request.resume, request.out, request.progress, on
     )  # fmt: skip
-    claims = _claims_of_statements(asked.found) if not small else []
+    claims = _claims_of_statements(asked.found, kinds) if not small else []
     made = asked.record
     return made.model_copy(
         update={
@@ -136,70 +95,49 @@ def _asked(request: Request) -> Record:
     )  # fmt: skip
 
 
-def _claims_of_statements(found: list[needle.Needle]) -> list[Claim]:
+def _claims_of_statements(found: list[needle.Needle], kinds: Mapping[str, Memory]) -> list[Claim]:
     """Errors are over kinds of statements; each model is one training."""
-    out = []
-    for i, n in enumerate(found):
-        index = n.recency_index()
-        bounds = index.interval()
-        first = i == 0
-        out.append(Claim(
-            item="Figures 2 and 9",
-            claim=f"{n.name} finds needles near the end better than near the beginning." if first else f"{n.name} finds them alike at every depth.",
-            paper="Mamba-Codestral-7B: yes" if first else "Mistral-7B: at every depth",
-            ours=f"recency index {index.value:+.0f} points" + (f" ({bounds[0]:+.0f} to {bounds[1]:+.0f})" if bounds else ""),
-            outcome=side(index) if first else _level(bounds),
-            why="scored by probability, without a judge; an interval within 10 points of zero counts as alike", value=index.value,
-            stderr=index.stderr, n=index.n,
-        ))  # fmt: skip
-    return out
+    return [_claim_of_statements(n, kinds[n.name]) for n in found]
 
 
-def _level(bounds: tuple[float, float] | None) -> Outcome:
+def _claim_of_statements(n: needle.Needle, kind: Memory) -> Claim:
+    index, over = n.recency_index(), n.over_control()
+    says = f"{n.name} finds needles near the end better than near the beginning."
+    paper, outcome = "Mamba-Codestral-7B: yes", _prefers_end(index)
+    why = f"Scored by probability, without a judge; an interval within {ALIKE:.0f} points of zero counts as alike."
+    if kind == "attention":
+        says, paper = f"{n.name} finds them alike at every depth.", "Mistral-7B: at every depth"
+        leans = _leans(index)
+        outcome = "undecided" if leans is None else "agrees" if leans == "alike" else "differs"
+    elif kind != "recurrent":
+        paper, outcome = "a state space model and a transformer", "not comparable"
+        why = "The paper asks a state space model and a transformer; this is neither, or both at once."
+    if outcome != "not comparable" and side(over) != "agrees":
+        outcome = "not comparable"
+        why = f"It does not answer by the text clearly more often than without any needle ({over.value:+.1f} points): what finds none prefers none."
+    return Claim(
+        "Figures 2 and 9", says, paper, f"recency index {_points(index)}", outcome, why, index.value, index.stderr, index.n
+    )  # fmt: skip
+
+
+def _leans(index: Value) -> Literal["end", "beginning", "alike"] | None:
+    """To which end of the text the whole 95 % interval leans; "alike": to neither by more than ALIKE points; None: it cannot be told."""
+    bounds = index.interval()
     if bounds is None:
-        return "undecided"
-    if bounds[0] >= -10 and bounds[1] <= 10:
-        return "agrees"
-    return "differs" if bounds[0] > 0 or bounds[1] < 0 else "undecided"
+        return None
+    if bounds[0] >= -ALIKE and bounds[1] <= ALIKE:
+        return "alike"
+    return "end" if bounds[0] > 0 else "beginning" if bounds[1] < 0 else None
 
 
-def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, Any]:
-    """One training, then every length and depth. accuracy: of every cell, in %; rows are lengths, columns depths."""
-    import torch
+def _prefers_end(index: Value) -> Outcome:
+    leans = _leans(index)
+    return "undecided" if leans is None else "agrees" if leans == "end" else "differs"
 
-    from ssmlens.models import LanguageModel, LanguageModelConfig
-    from ssmlens.tasks.needle import NeedleConfig, NeedleStream
-    from ssmlens.training import TrainConfig, train
 
-    told = config["recipe"]
-    stream = NeedleStream(
-        NeedleConfig.of({**{k: v for k, v in told["data"].items() if k != "task"}, "seed": told["seed"]}, "data")
-    )
-    settings = TrainConfig(**told["training"], seed=told["seed"])
-    torch.manual_seed(told["seed"])
-    lm = LanguageModel(LanguageModelConfig(**told["model"]))
-    trained = train(
-        lm, stream, settings, directory / "training", optimizer_groups=lm.parameter_groups(settings.weight_decay), resume=True,
-        progress=lambda share: report(0.7 * share),
-    )  # fmt: skip
-    lengths, done = tuple(config["lengths"]), 0.0
-    total = config["prompts"] * len(DEPTHS) * sum(lengths)
-
-    def advance(tokens: float) -> None:
-        nonlocal done
-        done += tokens
-        report(0.7 + 0.3 * done / total)
-
-    made = needle.measure_synthetic(
-        "model", lm, stream, lengths, DEPTHS, prompts=config["prompts"], advance=advance,
-        store=needle.Store(directory / "cells.json", {"prompts": config["prompts"]}, resume=True),
-    )  # fmt: skip
-    return {
-        "accuracy": [[made.accuracy([(n, d)]).value for d in DEPTHS] for n in lengths],
-        "parameters": made.parameters,
-        "seconds": trained.seconds,
-        "loss": [[row["step"], row["loss"]] for row in trained.history],
-    }
+def _points(index: Value) -> str:
+    bounds = index.interval()
+    return f"{index.value:+.0f} points" + (f" ({bounds[0]:+.0f} to {bounds[1]:+.0f})" if bounds else "")
 
 
 # ---- the record ----
@@ -259,43 +197,41 @@ def _parts(scale: Scale) -> dict[str, list[int]]:
 def _claims(scale: Scale, found: dict[str, list[dict[str, Any]]]) -> list[Claim]:
     out = []
     for words, rows in _parts(scale).items():
+        if "mamba" not in found:
+            continue
         indices = {m: [_index(run, rows) for run in runs] for m, runs in found.items()}
-        asked: list[tuple[str, str, Value]] = []
-        if "mamba" in indices:
-            asked.append((
-                f"A state space model finds needles near the end better than near the beginning ({words}).",
-                "Mamba-Codestral-7B: yes", Value.mean(indices["mamba"], "points"),
-            ))  # fmt: skip
-        lost: list[float] = []
-        finds = [_third(run, last, rows) for run in found.get("transformer", []) for last in (False, True)]
-        if {"mamba", "transformer"} <= set(indices) and sum(finds) / len(finds) < LOST:
-            lost = finds
-        elif {"mamba", "transformer"} <= set(indices):
+        own = Value.mean(indices["mamba"], "points")
+        out.append(_claim(
+            f"A state space model finds needles near the end better than near the beginning ({words}).", "Mamba-Codestral-7B: yes",
+            f"recency index {_points(own)}", own, _lost(found, ["mamba"], rows),
+        ))  # fmt: skip
+        if "transformer" in found:
             pairs = zip(indices["mamba"], indices["transformer"], strict=True)
-            asked.append((
-                f"It prefers the end more than a transformer does ({words}).", "Mistral-7B finds them at every depth",
-                Value.mean([a - b for a, b in pairs], "points"),
-            ))  # fmt: skip
-        for claim, paper, value in asked:
-            bounds = value.interval()
-            ours = (
-                f"recency index {value.value:+.0f} points"
-                if len(asked) and claim == asked[0][0]
-                else f"{value.value:+.0f} points more"
-            )
-            out.append(Claim(
-                item="Figures 2 and 9", claim=claim, paper=paper,
-                ours=ours + (f" ({bounds[0]:+.0f} to {bounds[1]:+.0f})" if bounds else ""), outcome=side(value),
-                why="the shape over depth is compared: the models are small and the needle is synthetic", value=value.value,
-                stderr=value.stderr, n=value.n,
-            ))  # fmt: skip
-        if lost:
-            out.append(Claim(
-                item="Figures 2 and 9", claim=f"It prefers the end more than a transformer does ({words}).",
-                paper="Mistral-7B finds them at every depth", ours=f"the transformer finds {sum(lost) / len(lost):.0f} % at such lengths",
-                outcome="not comparable", why="a transformer that is lost at lengths beyond its training prefers nothing",
+            more = Value.mean([a - b for a, b in pairs], "points")
+            out.append(_claim(
+                f"It prefers the end more than a transformer does ({words}).", "Mistral-7B finds them at every depth", f"{_points(more)} more",
+                more, _lost(found, ["mamba", "transformer"], rows),
             ))  # fmt: skip
     return out
+
+
+def _claim(says: str, paper: str, ours: str, value: Value, lost: str) -> Claim:
+    why = f"The shape over depth is compared: the models are small and the needle is synthetic. An interval within {ALIKE:.0f} points of zero counts as alike."
+    outcome = _prefers_end(value)
+    if lost:
+        ours, outcome = lost, "not comparable"
+        why = f"What is lost at such lengths (finds less than {LOST:.0f} % at either end) prefers nothing."
+    return Claim("Figures 2 and 9", says, paper, ours, outcome, why, value.value, value.stderr, value.n)
+
+
+def _lost(found: dict[str, list[dict[str, Any]]], models: Sequence[str], rows: list[int]) -> str:
+    """In words, the models that find nothing at either end; "" where there are none."""
+    words = []
+    for m in models:
+        first, last = (sum(_third(run, end, rows) for run in found[m]) / len(found[m]) for end in (False, True))
+        if max(first, last) < LOST:
+            words.append(f"{LABELS[m]} finds {first:.0f} % near the beginning and {last:.0f} % near the end")
+    return ", ".join(words)
 
 
 def _table(scale: Scale, found: dict[str, list[dict[str, Any]]]) -> Table:

@@ -2,31 +2,26 @@
 
 from dataclasses import replace
 
-from ssmlens.experiments.base import Item, Request, choose
-from ssmlens.experiments.grid_design import parts
+from ssmlens.experiments.base import Item, Request, Stopped, choose
+from ssmlens.experiments.grid_design import in_order, parts
 from ssmlens.experiments.grid_record import record
-from ssmlens.experiments.recall import SCALES, work
+from ssmlens.experiments.recall import SCALES
+from ssmlens.experiments.recall_gain import trained
 from ssmlens.results import Record
-from ssmlens.training import sweep, sweep_provenance
+from ssmlens.training import sweep_provenance
 
 
 def run(request: Request) -> Record:
     choose("scale", request.scale, SCALES)
     grid = parts(request.scale)
     if request.seeds:
-        grid = {name: replace(part, seeds=min(part.seeds, request.seeds)) for name, part in grid.items()}
-    jobs = dict(
-        cell.job(request.scale, seed)
-        for seed in range(max(part.seeds for part in grid.values()))
-        for part in grid.values()
-        if seed < part.seeds
-        for cell in part.cells
-    )
-    results = sweep(
-        list(jobs.items()), request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
-        progress=request.progress, title=f"table2-grid, {request.scale}",
-    )  # fmt: skip
-    return record(request.scale, grid, results, sweep_provenance(request.out, results))
+        grid = {name: replace(part, seeds=request.seeds) for name, part in grid.items()}
+    jobs = [cell.job(request.scale, seed) for cell, seed in in_order(grid)]
+    results = trained(jobs, request, f"table2-grid, {request.scale}")
+    made = record(request.scale, grid, results, sweep_provenance(request.out, results))
+    if not made.complete:
+        raise Stopped(made)
+    return made
 
 
 ITEM = Item(

@@ -27,7 +27,6 @@ FACTORS = {
     "zero": "zero channel at -100",
     "order": "data in order",
     "mix": "the released training mix",
-    "rates": "learning rate of the released recipe",
 }
 """What the released code does otherwise, by the name that it has in a cell."""
 
@@ -85,9 +84,8 @@ def _exchanged(base: Variant, factor: str, other: Variant) -> Variant:
 
 
 def factors(scale: Scale) -> dict[str, str]:
-    """Those of FACTORS in which the two ends differ at this scale: the mix at the paper's alone, the learning rate below it."""
-    same = {"mix": scale.steps is not None, "rates": scale.lr[2] == scale.released_lr[2]}
-    return {factor: words for factor, words in FACTORS.items() if not same.get(factor)}
+    """Those of FACTORS in which the two ends differ at this scale: the mix at the paper's alone."""
+    return {factor: words for factor, words in FACTORS.items() if factor != "mix" or scale.steps is None}
 
 
 @dataclass(frozen=True)

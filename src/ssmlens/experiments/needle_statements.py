@@ -3,16 +3,24 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
 
 from ssmlens.experiments import needle, needle_record
 from ssmlens.experiments.needle import Needle
+from ssmlens.lens import Subject
 from ssmlens.lens.store import fingerprint
+from ssmlens.mixers import Mixer
+from ssmlens.mixers.attention import Attention
 from ssmlens.models.pretrained import tokens
 from ssmlens.results import Record
 from ssmlens.tasks import corpus
 from ssmlens.tasks.facts import FACTS
 from ssmlens.tasks.needle import SLACK, Grid, Haystack
+
+Memory = Literal["recurrent", "attention", "both", "unknown"]
+"""How a model remembers: in states of fixed size, by looking back at the tokens, in both ways; unknown: it shows no layers that we know."""
 
 
 class Asked(NamedTuple):
@@ -59,6 +67,23 @@ def statements(
     notes += needle_record.slow(found)
     made = needle_record.record(found, synthetic=False, config=identity, seeds=[], notes=notes, device=on)
     return Asked(found, made)
+
+
+def memory(model: nn.Module) -> Memory:
+    """By its layers. Raises UserError for a model that the lens does not know how to run."""
+    found: set[Memory] = {_remembers(mixer) for mixer in Subject("model", model).mixers}
+    if "unknown" in found or not found:
+        return "unknown"
+    return found.pop() if len(found) == 1 else "both"
+
+
+def _remembers(mixer: Any) -> Memory:
+    if isinstance(mixer, Attention):
+        return "attention"
+    if isinstance(mixer, Mixer):
+        return "recurrent"
+    # transformers' own, which the lens could not turn into ours
+    return "attention" if "attention" in type(mixer).__name__.lower() else "unknown"
 
 
 @contextmanager

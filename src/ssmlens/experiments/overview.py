@@ -1,5 +1,7 @@
 """One page over all items: what the paper says, what was found, whether they agree, item by item.
 
+A claim is one comparison: what the paper says once is compared for every model, variant and way of measuring.
+
 Every item's record carries its claims in `config["claims"]` (`base.Claim`); here they are gathered, and counted.
 """
 
@@ -41,7 +43,12 @@ def _verdict(claims: list[Claim], missing: Mapping[str, str], smoke: bool) -> li
         for outcome in get_args(Outcome):
             of = [c for c in claims if c.outcome == outcome]
             if of:
-                said.append(f"{outcome.capitalize()}: {len(of)} of {len(claims)} statements of the paper.")
+                said.append(f"{outcome.capitalize()}: {len(of)} of {len(claims)} comparisons with the paper.")
+        if claims:
+            said.append(
+                f"They belong to {len({c.item for c in claims})} of the paper's tables and figures, or parts of one: what it says once is compared for "
+                "every model, variant and way of measuring."
+            )
         said += [f"{c.item}: {c.claim} Here: {c.ours}: {c.outcome}." for c in claims]
     if missing:
         said.insert(0, f"{len(missing)} of the items could not be run: {', '.join(missing)}.")
@@ -57,7 +64,7 @@ def _items(records: Mapping[str, Record], claims: Mapping[str, list[Claim]], mis
     return Table(
         id="items", title="Items",
         columns=[Column(name=n) for n in ("item", "what", *get_args(Outcome), "date", "commit")], rows=rows,
-        meaning="How many of the paper's statements each item was held against, and how they came out.",
+        meaning="How many comparisons with the paper each item holds, and how they came out: one for every model, variant and way of measuring.",
         method="The commit is that of the code which gathered the record; each page says which code made its runs.",
     )  # fmt: skip
 
@@ -65,10 +72,10 @@ def _items(records: Mapping[str, Record], claims: Mapping[str, list[Claim]], mis
 def _counts(claims: Mapping[str, list[Claim]]) -> Figure:
     names = [name for name, of in claims.items() if of]
     return Figure(
-        id="outcomes", title="What came out, item by item", x_label="item", y_label="statements of the paper", x_scale="category",
+        id="outcomes", title="What came out, item by item", x_label="item", y_label="comparisons with the paper", x_scale="category",
         series=[
             Series(name=outcome, x=names, y=[float(sum(c.outcome == outcome for c in claims[n])) for n in names], style="bar", group=outcome)
             for outcome in get_args(Outcome)
         ],
-        meaning="Agrees and differs: the 95 % interval decides; undecided: it does not.", method="Counted from the table of claims.",
+        meaning="Agrees and differs: the 95 % interval decides, unless “why” says otherwise; undecided: it does not.", method="Counted from the table of claims.",
     )  # fmt: skip

@@ -80,7 +80,8 @@ def prepared(scale: Scale, request: Request) -> ImageSet:
             "name the images with --data: CIFAR-10 as a directory or an archive (docs/images.md), or datasets:uoft-cs/cifar10"
         )
     small = shrunk(digits() if request.data is None else read(request.data), scale.side)
-    images = chosen(small, scale.train_images, scale.test_images)
+    kept = None if scale.train_images is None else scale.train_images + scale.validation_images
+    images = chosen(small, kept, scale.test_images)
     if not (place := _place(request.out, images.sha256)).exists():
         write_store(place, images)
     return images
@@ -137,7 +138,17 @@ def plan(scale: Scale, images: ImageSet) -> Plan:
     noise, target, gradient = scaled_regions(images.length)
     return Plan(
         noise=noise, draws=scale.draws, target=target, classes=tuple(range(len(images.classes))), gradient=gradient, epsilons=scale.epsilons,
-        steps=scale.steps, images=scale.attacked, hardest=True,
+        steps=scale.steps, images=scale.attacked, queries=scale.queries, hardest=True,
+    )  # fmt: skip
+
+
+def streamed(scale: Scale, seed: int, images: ImageSet) -> ImageStream:
+    """The batches of one run; its `validation` are images to draw the learning curve of."""
+    return ImageStream(
+        ImageConfig(
+            source="", batch_size=scale.batch_size, train_images=scale.train_images, validation_images=scale.validation_images, seed=seed
+        ),
+        images,
     )  # fmt: skip
 
 
@@ -149,14 +160,15 @@ def work(config: dict[str, Any], directory: Path, report: Report) -> dict[str, A
     images = read_store(_place(directory.parents[1], config["images"]["sha256"]))
     if images is None:
         raise UserError("the images of this run are gone from DIR/images: start again with the same --data")
-    stream = ImageStream(ImageConfig(source="", batch_size=scale.batch_size, seed=seed), images)
-    net = build(classifier(scale, model, images), seed)
+    stream = streamed(scale, seed, images)
+    net = build(classifier(scale, model, images), seed, scale.length)
     settings = training(scale, seed, stream.batches_per_epoch)
     labels = images.test.labels
 
     def evaluate(net: torch.nn.Module) -> dict[str, float]:
-        found = pixels_measure.measure(net, images.test.pixels, labels, Plan(), Predictions())
-        return {"accuracy": float((found.found["clean"] == labels).mean())}
+        device = next(net.parameters()).device
+        right = [net(b.tokens.to(device)).logits.argmax(1).cpu() == b.targets for b in stream.validation()]
+        return {"accuracy": float(torch.cat(right).float().mean())}
 
     with pixels_measure.flushed():
         result = train(

@@ -1,10 +1,10 @@
 """The record of `ssmlens attack`: trained classifiers of pixel sequences under noise, target and gradient attack, side by side."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from ssmlens.experiments import pixels_gradient, pixels_noise, pixels_target
+from ssmlens.experiments import pixels_checks, pixels_gradient, pixels_noise, pixels_target
 from ssmlens.experiments.pixels_claims import Sides
 from ssmlens.experiments.pixels_gradient import named
 from ssmlens.experiments.pixels_measure import Plan
@@ -17,6 +17,7 @@ from ssmlens.tasks.pixels import Region
 def record(found: Found, images: ImageSet, plan: Plan, identity: dict[str, Any]) -> Record:
     """found: by name, one model each. images: those that were attacked, as the test split."""
     n, classes = images.length, images.classes
+    found = {name: replace(runs, plan_seed=plan.seed) for name, runs in found.items()}
     tables: list[Table] = []
     figures: list[Figure] = []
     maps: list[Map] = []
@@ -44,7 +45,7 @@ def record(found: Found, images: ImageSet, plan: Plan, identity: dict[str, Any])
     if plan.gradient:
         sides, where = _sides(plan.gradient, n), named(plan.gradient, n)
         tables.append(pixels_gradient.table(found, where, sides[0] if sides else None, plan))
-        tables.append(pixels_gradient.checks(found, where, plan, n))
+        tables.append(pixels_checks.table(found, where, plan, n))
         maps.append(pixels_gradient.map_of(found, where, plan))
         for s in sides[:1]:
             figures.append(pixels_gradient.figure(found, s, plan))

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from ssmlens.experiments.base import Claim, Outcome, side
+from ssmlens.experiments.base import Claim, Outcome, holm, side
 from ssmlens.experiments.pixels_models import PAPER_WIDTHS, TARGET_WIDTHS, Model
 from ssmlens.experiments.pixels_runs import Runs, between, comparable, crossed
 from ssmlens.experiments.recall import PAPER_LENGTH
@@ -25,6 +25,7 @@ PAPER = {
 }  # fmt: skip
 TABLE = {10: "Table 3", 32: "Table 1", 96: "Table 1", 256: "Table 3"}
 _SMALL = 2.0  # points: a difference of one run of the paper's that may well be chance
+_FAR = 5  # times as much: what "far more" is taken to be at least
 _RECURRENT = ("mamba", "h3", "rwkv4")
 
 
@@ -51,6 +52,11 @@ class Sides:
     @property
     def trailing(self) -> Region:
         return self.regions["trailing"]
+
+    def share(self) -> str:
+        """In words, for a width of the paper's."""
+        assert self.paper is not None
+        return f"{100 * self.paper / PAPER_LENGTH:.2g} % of the pixels ({self.paper} of {PAPER_LENGTH:,} in the paper, {self.width} of {self.length} here)"
 
     def named(self) -> dict[Region, str]:
         return {region: where for where, region in self.regions.items()}
@@ -88,25 +94,37 @@ def noise_claims(found: Mapping[str, Runs], length: int, classes: int, learned: 
                     "The paper's difference, of one run, may be chance: there is no sign to hold ours against.",
                 )
             out.append(_claim(
-                TABLE[width], f"{runs.name} loses {'more' if more else 'less'} to noise in its last {width} of 1,024 pixels than in its first {width}",
+                TABLE[width], f"{runs.name} loses {'more' if more else 'less'} to noise in the last {s.share()} than in as many of the first.",
                 f"{there:+.1f} points", words(ours), *_judged(outcome, why, [runs], classes, learned), ours,
             ))  # fmt: skip
         s, central = Sides.of_paper(96, length), Region(480, 576).scaled(length, PAPER_LENGTH)
         there = 100 * (PAPER[name]["480:576"] - PAPER[name]["928:1024"])
         ours = crossed(100 * (runs.noise(central) - runs.noise(s.trailing)), "points")
         out.append(_claim(
-            "Table 3", f"{runs.name} loses {'more' if there > 0 else 'less'} to noise in its last 96 pixels than to noise in 96 of the middle",
+            "Table 3", f"{runs.name} loses {'more' if there > 0 else 'less'} to noise in the last {s.share()} than in as many of the middle.",
             f"{there:+.1f} points", words(ours),
             *_judged(side(ours, above=there > 0), f"Noise in {s.trailing} against noise in {central} of {length} pixels.", [runs], classes, learned), ours,
         ))  # fmt: skip
     s = Sides.of_paper(32, length)
+    for name in ("mamba", "rwkv4"):
+        if name in found:
+            row, runs = PAPER[name], found[name]
+            last, first_ = (100 * (row["clean"] - row[region]) for region in ("992:1024", "0:32"))
+            beyond = crossed(
+                100 * (runs.clean() - runs.noise(s.trailing) - _FAR * (runs.clean() - runs.noise(s.leading))), "points"
+            )
+            out.append(_claim(
+                "Table 1", f"{runs.name} loses far more, at least {_FAR} times as much, to noise in the last {s.share()} than in as many of the first.",
+                f"{last:.1f} against {first_:.1f} points", f"{words(beyond)} beyond {_FAR} times",
+                *_judged(side(beyond), f"Lost to the last minus {_FAR} times what is lost to the first, image by image.", [runs], classes, learned), beyond,
+            ))  # fmt: skip
     for first, second in (("mamba", "h3"), ("rwkv4", "h3"), ("mamba", "attention")):
         if first in found and second in found:
             a, b = found[first], found[second]
             there = (s.asymmetry_in_paper(first) or 0) - (s.asymmetry_in_paper(second) or 0)
             ours = between(_asymmetry(a, s), _asymmetry(b, s))
             out.append(_claim(
-                "Table 1", f"the last 32 pixels matter more against the first in {a.name} than in {b.name}", f"{there:+.1f} points", words(ours),
+                "Table 1", f"The last {s.share()} matter more, against the first, in {a.name} than in {b.name}.", f"{there:+.1f} points", words(ours),
                 *_judged(side(ours), "Difference of the two models' differences.", [a, b], classes, learned), ours,
             ))  # fmt: skip
     return out
@@ -119,20 +137,20 @@ def target_claims(
     out = []
     for width in TARGET_WIDTHS:
         s = Sides.of_paper(width, length)
-        share = f"{100 * width / PAPER_LENGTH:.0f} %"
+        pairs = next(iter(found.values())).pairs(targets)
         for name in _RECURRENT:
             if name in found:
                 runs = found[name]
                 ours = advantage(runs, s, targets)
                 out.append(_claim(
-                    figure, f"{runs.name}, {share} replaced, {title}: trailing pixels succeed more often than leading ones", "higher (no number)",
+                    figure, f"{runs.name}, {s.share()} replaced, {title}: trailing pixels succeed more often than leading ones.", "higher (no number)",
                     words(ours), *_judged(side(ours), "Success on the same images, with pixels of the same donors.", [runs], classes, learned), ours,
                 ))  # fmt: skip
         if "mamba" in found and "attention" in found:
             mamba, transformer = _success(found["mamba"], s, targets), _success(found["attention"], s, targets)
-            ours = between(mamba, transformer * (1 if transformer.mean() >= 0 else -1))
+            ours = between(mamba, transformer * (1 if transformer.mean() >= 0 else -1), clusters=pairs)
             out.append(_claim(
-                figure, f"{share} replaced, {title}: leading and trailing pixels differ less in the transformer than in Mamba", "less (no number)",
+                figure, f"{s.share()} replaced, {title}: leading and trailing pixels differ less in the transformer than in Mamba.", "less (no number)",
                 words(ours), *_judged(side(ours), "Mamba's difference minus the size of the transformer's.",
                                         [found["mamba"], found["attention"]], classes, learned), ours,
             ))  # fmt: skip
@@ -141,7 +159,7 @@ def target_claims(
 
 def advantage(runs: Runs, s: Sides, targets: Sequence[int]) -> Value:
     """Success rate of trailing pixels minus that of leading ones, in points."""
-    return crossed(_success(runs, s, targets), "points")
+    return crossed(_success(runs, s, targets), "points", runs.pairs(targets))
 
 
 def _success(runs: Runs, s: Sides, targets: Sequence[int]) -> np.ndarray:
@@ -157,7 +175,7 @@ def _judged(outcome: Outcome, why: str, runs: Sequence[Runs], classes: int, lear
         return "not comparable", "Smoke scale: nothing is learned in so few steps."
     for r in runs:
         if not comparable(r, classes):
-            return "not comparable", f"{r.name} classifies clean images no better than chance here."
+            return "not comparable", f"{r.name} is not shown to beat chance on clean images here."
     return outcome, why
 
 
@@ -171,6 +189,20 @@ def judged(value: Value, p: float | None) -> Literal["sure", "alone", "no"]:
     if bounds is None or bounds[0] <= 0 <= bounds[1]:
         return "no"
     return "sure" if p is not None and p < 0.05 else "alone"
+
+
+def corrected(values: Mapping[str, Value]) -> dict[str, Literal["sure", "alone", "no"]]:
+    """What may be said of differences that are said together (Holm's correction)."""
+    adjusted = holm({name: p for name, v in values.items() if (p := v.p_value()) is not None})
+    return {name: judged(v, adjusted.get(name)) for name, v in values.items()}
+
+
+def allowed(value: Value) -> str:
+    """How large an effect is not ruled out where none was found: that none was found is no evidence of none."""
+    bounds = value.interval()
+    return (
+        f"up to {max(map(abs, bounds)):.1f} points either way are not ruled out" if bounds else "nothing is ruled out"
+    )
 
 
 def words(value: Value) -> str:

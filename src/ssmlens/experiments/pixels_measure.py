@@ -5,6 +5,8 @@
     target 192:256 =7   the region from random images of class 7, for the images of other classes (BLANK for its own)
     pgd 192:256 ~0.03   the gradient attack with that ε in a region, for the first images; pgd … ×4: with four times the steps
     signs 192:256 ~0.03 ± ε at random in its stead
+    search 192:256 ~0.03   an attack of the same size that asks for no gradient (tasks/pixels.py)
+    slope 192:256       clean; with it, the share of exact zeros in the loss's gradient to these pixels, and its mean size
 
 Everything else (accuracies, differences, success rates, intervals) is computed from these predictions, paired by image.
 A prediction is on disk when its condition is done; with `resume` it is not made again.
@@ -31,7 +33,7 @@ from ssmlens.tasks.pixels import PGD, Region
 
 BLANK = 255  # no prediction: an image of the target class
 HARDER = 4  # times the steps, to see whether the gradient attack had finished
-_NOISE, _DONOR, _START, _SIGNS = range(4)  # the second number of a seed
+_NOISE, _DONOR, _START, _SIGNS, _SEARCH = range(5)  # the second number of a seed
 
 Advance = Callable[[float], None]
 
@@ -43,7 +45,7 @@ def key(kind: str, region: Region, which: str = "") -> str:
 @dataclass(frozen=True)
 class Plan:
     """Which attacks. draws: of the noise; classes: targets; images: how many the gradient attack is tried on, which costs 3 · steps passes
-    for each; hardest: whether also with more steps, and unbounded on whole images, which only a broken attack survives."""
+    for each; hardest: also what checks it: more steps, ε = 1 in each region and on whole images, and `queries` without gradients."""
 
     noise: tuple[Region, ...] = ()
     draws: int = 1
@@ -53,18 +55,28 @@ class Plan:
     epsilons: tuple[float, ...] = ()
     steps: int = 20
     images: int = 200
+    queries: int = 100
     hardest: bool = False
     seed: int = 0
 
     def work(self, n: int) -> float:
         """Passes of an image through the model, backward counted twice, all in all."""
         noise, target = len(self.noise) * self.draws, len(self.target) * len(self.classes)
-        signs = len(self.gradient) * len(self.epsilons) * min(self.images, n)
-        return (
-            n * (1 + noise + target)
-            + signs
-            + sum(count * _passes(attack) for *_, attack, count in _gradients(self, 1, n))
-        )
+        few = min(self.images, n)
+        signs = len(self.gradient) * len(self.epsilons) * few
+        found = n * (1 + noise + target) + signs + (3 * few if self.gradient else 0)
+        if self.checked:
+            found += len(self.gradient) * _half(few) * (self.queries + 2)
+        return found + sum(count * _passes(attack) for *_, attack, count in _gradients(self, 1, n))
+
+    @property
+    def checked(self) -> bool:
+        return self.hardest and bool(self.gradient) and bool(self.epsilons)
+
+    @property
+    def middle(self) -> float:
+        """The ε at which the gradient attack is checked."""
+        return self.epsilons[len(self.epsilons) // 2]
 
 
 class Predictions:
@@ -136,6 +148,9 @@ def measure(
         out: Tensor = model(x.to(device)).logits
         return out
 
+    def first(count: int) -> tuple[Tensor, Tensor]:
+        return to_unit(pixels[:count]).to(device), torch.from_numpy(labels[:count]).to(device)
+
     @torch.no_grad()
     def predict(change: Callable[[Tensor, slice], Tensor], places: np.ndarray) -> np.ndarray:
         """Of the images at `places`, a batch at a time, each changed first."""
@@ -163,7 +178,7 @@ def measure(
         for target in plan.classes if plan.target else ():
             # the same donor whatever the region: leading and trailing pixels come from one image
             victims = np.flatnonzero(labels != target)
-            chosen = attacks.donors(labels, target, (plan.seed, _DONOR, target))[victims]
+            chosen = donors(labels, target, plan.seed)[victims]
             for region in plan.target:
                 for name in _missing(store, key("target", region, f"={target}")):
                     predicted = np.full(len(labels), BLANK, np.uint8)
@@ -173,9 +188,8 @@ def measure(
                 advance(len(labels))
         for name, region, attack, count in _gradients(plan, pixels.shape[1], len(labels)):
             for missing in _missing(store, name):
-                x, y = to_unit(pixels[:count]).to(device), torch.from_numpy(labels[:count]).to(device)
                 start = (plan.seed, _START, region.start)
-                found = attacks.pgd(logits, x, y, region, attack, seed=start, batch_size=batch_size)
+                found = attacks.pgd(logits, *first(count), region, attack, seed=start, batch_size=batch_size)
                 before, after = found.before, found.after
                 rose = [float(before.mean()), float(after.mean()), float((after > before).float().mean())]
                 store.put(missing, found.predicted.cpu().numpy(), rose)
@@ -187,23 +201,52 @@ def measure(
                     moved = (to_unit(pixels[:few, region.here]) + epsilon * signs).clamp(0, 1)
                     store.put(name, predict(_replacing(region, moved), everything[:few]))
                 advance(few)
+        if any(_missing(store, key("slope", region)) for region in plan.gradient):
+            size = attacks.slopes(logits, *first(few), batch_size=batch_size).abs()
+            for region in plan.gradient:
+                part = size[:, region.here]
+                store.put(
+                    key("slope", region),
+                    store.found["clean"][:few],
+                    [float((part == 0).float().mean()), float(part.mean())],
+                )
+        advance(3 * few if plan.gradient else 0)
+        for region in plan.gradient if plan.checked else ():
+            for name in _missing(store, key("search", region, f"~{plan.middle:.6g}")):
+                start = (plan.seed, _SEARCH, region.start)
+                tried = attacks.search(
+                    logits, *first(_half(few)), region, plan.middle, plan.queries, seed=start, batch_size=batch_size
+                )
+                store.put(name, tried.predicted.cpu().numpy())
+            advance(_half(few) * (plan.queries + 2))
     return store
 
 
+def donors(labels: Int64[np.ndarray, " n"], target: int, seed: int) -> Int64[np.ndarray, " n"]:
+    """Whose pixels each image gets in the target attack of a plan of that seed."""
+    return attacks.donors(labels, target, (seed, _DONOR, target))
+
+
 def _gradients(plan: Plan, length: int, n: int) -> Iterator[tuple[str, Region, PGD, int]]:
-    """Condition, region, attack, and on how many images. What checks the attack is tried on a quarter of them."""
+    """Condition, region, attack, and on how many images. More steps and no bound are tried on a quarter of them."""
     few = min(plan.images, n)
     quarter = max(1, few // 4)
+    everywhere = PGD(1.0, plan.steps)
     for region in plan.gradient:
         for epsilon in plan.epsilons:
             yield key("pgd", region, f"~{epsilon:.6g}"), region, PGD(epsilon, plan.steps), few
-        if plan.hardest and plan.epsilons:
-            epsilon = plan.epsilons[len(plan.epsilons) // 2]
+        if plan.checked:
+            epsilon = plan.middle
             # the same step size: the way is that of the shorter attack, and goes on
             hard = PGD(epsilon, HARDER * plan.steps, PGD(epsilon, plan.steps).alpha)
             yield key("pgd", region, f"~{epsilon:.6g} ×{HARDER}"), region, hard, quarter
-    if plan.hardest and plan.gradient and plan.epsilons:
-        yield key("pgd", Region(0, length), "~1"), Region(0, length), PGD(1.0, plan.steps), quarter
+            yield key("pgd", region, "~1"), region, everywhere, quarter
+    if plan.checked:
+        yield key("pgd", Region(0, length), "~1"), Region(0, length), everywhere, quarter
+
+
+def _half(few: int) -> int:
+    return max(1, few // 2)
 
 
 def _passes(attack: PGD) -> int:

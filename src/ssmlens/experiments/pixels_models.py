@@ -7,14 +7,17 @@ class token. Our choices where the paper says nothing: RMSNorm before each mixer
 as their authors have; none in Mamba and the others.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 
 from ssmlens import mixers
 from ssmlens.configuration import Config
 from ssmlens.experiments.recall import DT_RANGE, PAPER_LENGTH
+from ssmlens.mixers.rwkv4 import RWKV4
 from ssmlens.models import Classifier, ClassifierConfig
 from ssmlens.tasks.images import ImageSet
 from ssmlens.training import TrainConfig
@@ -67,14 +70,16 @@ def names() -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Scale:
     """side: images are averaged down to side × side pixels. models: which, and how many seeds of each. train_images, test_images: None for
-    all; else so many, the same number of each class. lr: the same for all models, as in the paper. draws: of noise; attacked: how many test images the
-    gradient attack is tried on."""
+    all; else so many, the same number of each class. validation_images: further training images, which the learning curve is of; 0: it is of the test
+    images. lr: the same for all models, as in the paper. draws: of noise; attacked: how many test images the gradient attack is tried on, with so
+    many steps; queries: of the attack without gradients."""
 
     side: int
     d_model: int
     d_state: int
     layers: int
     train_images: int | None
+    validation_images: int
     test_images: int | None
     epochs: int
     batch_size: int
@@ -85,6 +90,7 @@ class Scale:
     draws: int
     attacked: int
     steps: int
+    queries: int
     epsilons: tuple[float, ...]
     models: dict[str, int]
 
@@ -98,17 +104,17 @@ _LAPTOP = ("mamba", "mamba-polarized", "h3", "h3-polarized", "rwkv4", "rwkv4-pol
 
 SCALES = {
     "smoke": Scale(
-        side=8, d_model=8, d_state=4, layers=1, train_images=80, test_images=40, epochs=1, batch_size=16, lr=1e-2, warmup_steps=1, clip=1.0,
-        schedule="cosine", draws=1, attacked=10, steps=2, epsilons=(8 / 255,), models=dict.fromkeys(_SMOKE, 2),
+        side=8, d_model=8, d_state=4, layers=1, train_images=80, validation_images=20, test_images=40, epochs=1, batch_size=16, lr=1e-2, warmup_steps=1, clip=1.0,
+        schedule="cosine", draws=1, attacked=10, steps=2, queries=4, epsilons=(8 / 255,), models=dict.fromkeys(_SMOKE, 2),
     ),
     "laptop": Scale(
-        side=16, d_model=32, d_state=64, layers=3, train_images=40_000, test_images=1000, epochs=3, batch_size=64, lr=5e-3, warmup_steps=100,
-        clip=1.0, schedule="cosine", draws=2, attacked=200, steps=10, epsilons=(4 / 255, 16 / 255, 64 / 255),
-        models={**dict.fromkeys(_LAPTOP, 3), "h3-polarized": 2, "rwkv4-polarized": 2, "mamba-mean": 2},
+        side=16, d_model=32, d_state=64, layers=3, train_images=40_000, validation_images=1000, test_images=1000, epochs=3, batch_size=64, lr=5e-3,
+        warmup_steps=100, clip=1.0, schedule="cosine", draws=2, attacked=200, steps=10, queries=100, epsilons=(4 / 255, 16 / 255, 64 / 255),
+        models={**dict.fromkeys(_LAPTOP, 3), "mamba-mean": 3},
     ),
     "paper": Scale(
-        side=32, d_model=32, d_state=64, layers=3, train_images=None, test_images=None, epochs=100, batch_size=64, lr=1e-3, warmup_steps=0,
-        clip=None, schedule="cosine_epoch", draws=1, attacked=1000, steps=20, epsilons=(1 / 255, 4 / 255, 16 / 255, 64 / 255),
+        side=32, d_model=32, d_state=64, layers=3, train_images=None, validation_images=0, test_images=None, epochs=100, batch_size=64, lr=1e-3,
+        warmup_steps=0, clip=None, schedule="cosine_epoch", draws=1, attacked=1000, steps=20, queries=200, epsilons=(1 / 255, 4 / 255, 16 / 255, 64 / 255),
         models={**dict.fromkeys(_LAPTOP, 3), "mamba-mean": 1},
     ),
 }  # fmt: skip
@@ -116,7 +122,7 @@ SCALES = {
 
 def classifier(scale: Scale, model: Model, images: ImageSet) -> ClassifierConfig:
     """Its configuration. Mean and deviation of the training pixels are part of the model: attacks act on pixels in [0, 1]."""
-    mean, std = _moments(images)
+    mean, std = _moments(images.train.pixels[: scale.train_images])
     width = scale.d_model * (2 if model.mixer.startswith("rwkv") else 1)  # 64 for RWKV in the paper
     return ClassifierConfig(
         d_input=images.channels, n_classes=len(images.classes), d_model=width, n_layers=scale.layers, mixer=model.mixer,
@@ -127,18 +133,19 @@ def classifier(scale: Scale, model: Model, images: ImageSet) -> ClassifierConfig
     )  # fmt: skip
 
 
-def _moments(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(pixels: UInt8[np.ndarray, "n length channels"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Of each channel, by counting: there are 256 values. A channel that never changes has 0.01 for its deviation."""
     values, found = np.arange(256) / 255, []
-    for c in range(images.channels):
-        share = np.bincount(images.train.pixels[..., c].ravel(), minlength=256) / images.train.pixels[..., c].size
+    for c in range(pixels.shape[2]):
+        share = np.bincount(pixels[..., c].ravel(), minlength=256) / pixels[..., c].size
         mean = float(share @ values)
         found.append((round(mean, 4), max(0.01, round(float(share @ (values - mean) ** 2) ** 0.5, 4))))
     return tuple(m for m, _ in found), tuple(s for _, s in found)
 
 
 def _mixer(scale: Scale, name: str, width: int) -> dict[str, Any]:
-    """Of a sequence shorter than the paper's, Δ's initial range is scaled up, so that it is as many half-lives long."""
+    """Of a sequence shorter than the paper's, Δ's initial range is scaled up, so that it is as many half-lives long, and H3's shift remembers the
+    same share of it; the decays of RWKV-4 are in `build`."""
     known: type[Config] = mixers.get(name).config_class
     fields, found = known.model_fields, dict[str, Any]()
     if "d_state" in fields:
@@ -146,6 +153,8 @@ def _mixer(scale: Scale, name: str, width: int) -> dict[str, Any]:
     if "dt_min" in fields:
         dt_min, dt_max = (dt * PAPER_LENGTH / scale.length for dt in DT_RANGE)
         found |= {"dt_min": dt_min, "dt_max": min(dt_max, _DT_MAX)}
+    if "d_shift" in fields:
+        found["d_shift"] = max(1, round(fields["d_shift"].default * scale.length / PAPER_LENGTH))
     if "d_head" in fields and (fields["d_head"].default or 0) > width:
         found["d_head"] = width
     if name == "attention":
@@ -160,8 +169,14 @@ def training(scale: Scale, seed: int, batches_per_epoch: int) -> TrainConfig:
     )  # fmt: skip
 
 
-def build(config: ClassifierConfig, seed: int) -> Classifier:
+def build(config: ClassifierConfig, seed: int, length: int = PAPER_LENGTH) -> Classifier:
+    """Its initial weights. length: of its sequences; in shorter ones than the paper's, RWKV-4's decays w = exp(time_decay) are as many times faster."""
     import torch
 
     torch.manual_seed(seed)
-    return Classifier(config)
+    model = Classifier(config)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, RWKV4):
+                layer.time_decay.add_(math.log(PAPER_LENGTH / length))
+    return model

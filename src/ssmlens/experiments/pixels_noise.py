@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ssmlens.experiments.base import holm
-from ssmlens.experiments.pixels_claims import PAPER, Sides, judged, paper_model, words
+from ssmlens.experiments.pixels_claims import PAPER, Sides, allowed, corrected, paper_model, words
 from ssmlens.experiments.pixels_models import PAPER_REGIONS, Model
 from ssmlens.experiments.pixels_runs import OVER, Found, Runs, between, comparable, crossed
 from ssmlens.experiments.recall import PAPER_LENGTH
-from ssmlens.results import Column, Figure, Map, Panel, Series, Table, Value
+from ssmlens.results import Column, Figure, Map, Panel, Series, Table
 from ssmlens.tasks.pixels import Region
 
 
@@ -78,7 +78,9 @@ def asymmetry_table(found: Found, sides: Sequence[Sides], beside: bool) -> Table
         )
     return Table(
         id="asymmetry-table", title="Trailing against leading noise, in numbers", columns=columns, rows=rows,
-        meaning="Above zero: the pixels that are read last matter more.", method=f"Points of accuracy. {OVER}",
+        meaning="Above zero: the pixels that are read last matter more. They are also the bottom rows of the images, the leading ones the top rows: what is "
+        "in the picture there and when it is read go together. A model with mean pooling, and attention, tell them apart: they read the same pictures "
+        "without recency.", method=f"Points of accuracy. {OVER}",
     )  # fmt: skip
 
 
@@ -126,19 +128,20 @@ def change_table(found: Found, sides: Sequence[Sides]) -> Table:
         ]
     return Table(
         id="change", title="What polarization or mean pooling changes", columns=columns, rows=rows,
-        meaning="Differences to the plain model with a class token: same seeds, same batches, same images.", method=f"Points of accuracy. {OVER}",
+        meaning="Differences to the plain model with a class token: same batches, same images. Initial weights have nothing in common, though seeds have "
+        "the same numbers.", method=f"Points of accuracy. {OVER}",
     )  # fmt: skip
 
 
 def sentences(found: Found, s: Sides, classes: int) -> list[str]:
     """For each model, whether noise in the trailing pixels costs more than in as many leading ones; then what polarization changes."""
-    values = {name: runs.asymmetry(s.trailing, s.leading) for name, runs in found.items()}
-    adjusted = holm({name: p for name, v in values.items() if (p := v.p_value()) is not None})
+    values = {name: runs.asymmetry(s.trailing, s.leading) for name, runs in found.items() if comparable(runs, classes)}
+    may = corrected(values)
     out = []
     for name, runs in found.items():
-        if not comparable(runs, classes):
+        if name not in values:
             out.append(
-                f"{runs.name} classifies clean images no better than by chance: there is nothing that noise could take."
+                f"{runs.name} is not shown to beat chance on clean images: there is nothing that noise could take."
             )
             continue
         there = s.asymmetry_in_paper(name)
@@ -147,19 +150,28 @@ def sentences(found: Found, s: Sides, classes: int) -> list[str]:
         more = f"more to noise in its {ends[0]} {s.width} of {s.length} pixels than in the {ends[1]} ones"
         says = {
             "sure": f"loses {more}",
-            "alone": f"seems to lose {more} (alone it would count, among {len(found)} models it may be chance)",
-            "no": f"shows no difference between noise in the trailing and in the leading {s.width} of {s.length} pixels",
-        }[judged(values[name], adjusted.get(name))]
+            "alone": f"seems to lose {more} (alone it would count, among {len(values)} models it may be chance)",
+            "no": f"shows no difference between noise in the trailing and in the leading {s.width} of {s.length} pixels "
+            f"that could be told ({allowed(values[name])})",
+        }[may[name]]
         lost = [f"{runs.lost(region).value:.1f}" for region in (s.trailing, s.leading)]
         out.append(
             f"{runs.name} {says}: {lost[0]} points trailing, {lost[1]} leading, of {100 * runs.clean().mean():.1f} % clean; "
             f"difference {words(values[name])}{paper}."
         )
-    for _, runs, plain in changes(found):
-        change = between(*(100 * (r.noise(s.leading) - r.noise(s.trailing)) for r in (runs, plain)))
-        out.append(
-            f"{runs.name}, against {plain.name}: trailing minus leading changes by {words(change)}: {_says(change)}."
-        )
+    pairs = {
+        name: (runs, plain, between(*(100 * (r.noise(s.leading) - r.noise(s.trailing)) for r in (runs, plain))))
+        for name, runs, plain in changes({name: found[name] for name in values})
+    }
+    may = corrected({name: change for name, (*_, change) in pairs.items()})
+    for name, (runs, plain, change) in pairs.items():
+        less = f"{'more' if change.value > 0 else 'less'} recency"
+        says = {
+            "sure": less,
+            "alone": f"{less}, it seems (alone it would count, among {len(pairs)} changes it may be chance)",
+            "no": "no change that can be told",
+        }[may[name]]
+        out.append(f"{runs.name}, against {plain.name}: trailing minus leading changes by {words(change)}: {says}.")
     return out
 
 
@@ -172,10 +184,3 @@ def worst(found: Found, regions: Sequence[Region]) -> list[str]:
             f"{runs.name} ({100 * runs.clean().mean():.1f} % clean) loses most to noise in {region}: {words(runs.lost(region))}."
         )
     return out
-
-
-def _says(change: Value) -> str:
-    bounds = change.interval()
-    if bounds is None or bounds[0] <= 0 <= bounds[1]:
-        return "no change that can be told"
-    return "more recency" if change.value > 0 else "less recency"

@@ -9,6 +9,11 @@ Seeds and images are two ways to vary at once (every model sees the same images)
 
 V_seeds: of the seeds' means; V_images: of the images' means; V_rest: of what neither explains, which both have counted.
 Degrees of freedom by Satterthwaite; the n of a value is these plus one.
+
+Target attack: a pair is an image attacked and the donor of its pixels, and each of both is in several pairs. In place of V_images / n then, and of what
+is subtracted, the variance clustered both ways (Cameron, Gelbach and Miller 2011), with degrees of freedom of the fewer clusters:
+
+    V = V_victim + V_donor - V_pair,    V_g = G / (G - 1) Σ_{clusters g} (Σ_{pairs in g} e)² / pairs²    e: pair minus mean; G: clusters
 """
 
 import math
@@ -18,25 +23,32 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
 
-from ssmlens.experiments.pixels_measure import HARDER, key
+from ssmlens.experiments.pixels_measure import HARDER, donors, key
 from ssmlens.results import Value
 from ssmlens.tasks.pixels import Region
 
 OVER = "± is the standard error over images, and over seeds where there are several, each difference within a seed and an image; n by degrees of freedom."
 
 
-def crossed(rows: Float[np.ndarray, "seeds images"], unit: str = "") -> Value:
-    """The mean with its standard error over seeds and images. With one seed it speaks of that one model."""
+Clusters = Sequence[Int64[np.ndarray, " images"]]
+
+
+def crossed(rows: Float[np.ndarray, "seeds images"], unit: str = "", clusters: Clusters = ()) -> Value:
+    """The mean with its standard error over seeds and images. With one seed it speaks of that one model.
+
+    clusters: two numberings of the columns (victims, donors); those of the same number in either are not independent."""
     seeds, n = rows.shape
     mean = float(rows.mean())
+    groups = [np.unique(c, return_inverse=True)[1] for c in clusters]
+    n = min([n, *(int(g.max()) + 1 for g in groups)])
     if n < 2:
         return Value.mean(rows.mean(1).tolist(), unit)
-    by_image = float(rows.mean(0).var(ddof=1)) / n
+    by_image = max(_both_ways(rows.mean(0) - mean, groups), *(_one_way(rows.mean(0) - mean, g) for g in groups), 0.0)
     if seeds == 1:
         return Value(value=mean, stderr=math.sqrt(by_image), n=n, unit=unit)
     by_seed = float(rows.mean(1).var(ddof=1)) / seeds
     rest = rows - rows.mean(0) - rows.mean(1, keepdims=True) + mean
-    both = float((rest**2).sum()) / ((seeds - 1) * (n - 1)) / (seeds * n)
+    both = sum(_both_ways(row, groups) for row in rest) / (seeds * (seeds - 1))
     variance = max(by_image + by_seed - both, by_image, by_seed)
     spread = by_image**2 / (n - 1) + by_seed**2 / (seeds - 1)
     freedom = variance**2 / spread if spread > 0 else n - 1
@@ -45,21 +57,33 @@ def crossed(rows: Float[np.ndarray, "seeds images"], unit: str = "") -> Value:
     )
 
 
-def between(a: np.ndarray, b: np.ndarray, unit: str = "points") -> Value:
+def _one_way(e: Float[np.ndarray, " images"], group: Int64[np.ndarray, " images"] | None = None) -> float:
+    """Variance of a mean, from what is left of each image (group None) or of the sum over each group, when the mean is taken away."""
+    sums = e if group is None else np.bincount(group, e)
+    return float((sums**2).sum()) * len(sums) / (len(sums) - 1) / len(e) ** 2
+
+
+def _both_ways(e: Float[np.ndarray, " images"], groups: Clusters) -> float:
+    return _one_way(e) if not groups else sum(_one_way(e, g) for g in groups) - _one_way(e)
+
+
+def between(a: np.ndarray, b: np.ndarray, unit: str = "points", clusters: Clusters = ()) -> Value:
     """The mean of a - b, seed by seed (as many as both have) and image by image."""
     seeds = min(len(a), len(b))
-    return crossed(a[:seeds] - b[:seeds], unit)
+    return crossed(a[:seeds] - b[:seeds], unit, clusters)
 
 
 @dataclass(frozen=True, eq=False)
 class Runs:
     """name: for people. predictions: condition → the class predicted, (seeds, images); the gradient attack has the first images only.
-    losses: condition → one list a seed: mean loss before, after, share of images on which it rose."""
+    losses: condition → one list a seed: mean loss before, after, share of images on which it rose; of "slope": see pixels_measure.py.
+    plan_seed: that of the plan, from which donors follow."""
 
     name: str
     labels: Int64[np.ndarray, " images"]
     predictions: Mapping[str, UInt8[np.ndarray, "seeds images"]]
     losses: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    plan_seed: int = 0
 
     @classmethod
     def of(
@@ -94,20 +118,39 @@ class Runs:
         """Points lost to noise in the trailing region beyond those lost to it in the leading one."""
         return crossed(100 * (self.noise(leading) - self.noise(trailing)), "points")
 
-    def success(self, region: Region | None, classes: Sequence[int]) -> Float[np.ndarray, "seeds images"]:
-        """Share of the target classes as which an image of another class is classified when attacked (region None: when not).
-        Images without another class among `classes` are left out."""
-        hits = np.stack([
-            np.where(self.labels == c, np.nan, (self.predictions[key("target", region, f"={c}")] if region else self.predictions["clean"]) == c)
+    def success(self, region: Region | None, classes: Sequence[int]) -> Float[np.ndarray, "seeds pairs"]:
+        """Whether an image of another class is classified as the target class when attacked (region None: when not): for each target class,
+        one pair for each image of other classes."""
+        hits = [
+            (self.predictions[key("target", region, f"={c}") if region else "clean"] == c)[:, self.labels != c]
             for c in classes
-        ])  # fmt: skip
-        return np.nanmean(hits[:, :, ~np.isnan(hits).all((0, 1))], 0)
+        ]
+        return np.concatenate(hits, 1).astype(np.float64)
+
+    def pairs(self, classes: Sequence[int]) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]:
+        """Of the columns of `success`: which image is attacked, and with the pixels of which."""
+        victims = [np.flatnonzero(self.labels != c) for c in classes]
+        of = [donors(self.labels, c, self.plan_seed)[v] for c, v in zip(classes, victims, strict=True)]
+        return np.concatenate(victims), np.concatenate(of)
+
+    def success_rate(self, region: Region | None, classes: Sequence[int]) -> Value:
+        return crossed(100 * self.success(region, classes), "%", self.pairs(classes))
 
     def gradient(
         self, region: Region, epsilon: float, kind: str = "pgd", more: bool = False
     ) -> Float[np.ndarray, "seeds images"]:
-        """Right under the gradient attack, or under random signs of the same size (kind "signs"); more: with more steps."""
+        """Right under the gradient attack, or under another of the same size (kind "signs", "search"); more: with more steps."""
         return self._right(key(kind, region, f"~{epsilon:.6g}{f' ×{HARDER}' if more else ''}"))
+
+    def under_both(self, region: Region, epsilon: float) -> Float[np.ndarray, "seeds images"]:
+        """Right under the gradient attack and under the one without gradients: of each image, the worse."""
+        right = self.gradient(region, epsilon, "search")
+        return right * self.gradient(region, epsilon)[:, : right.shape[1]]
+
+    def slope(self, region: Region) -> tuple[float, float]:
+        """Share of exact zeros in the gradient to the region's pixels, and its mean size; means over seeds."""
+        zeros, size = np.mean(self.losses[key("slope", region)], 0)
+        return float(zeros), float(size)
 
     def before_gradient(self, region: Region, epsilon: float) -> Float[np.ndarray, "seeds images"]:
         """Right before it, of the same images."""
@@ -119,9 +162,12 @@ class Runs:
 
 
 def comparable(runs: Runs, classes: int) -> bool:
-    """Whether the classifier does better than chance on clean images, surely: else there is nothing that an attack could take."""
-    bounds = crossed(runs.clean()).interval(0.99)
-    return bounds is not None and bounds[0] > 1 / classes
+    """Whether every seed's classifier is shown to beat chance on clean images (one-sided binomial bound over images, 99 %): else there is nothing
+    that an attack could take."""
+    from scipy.stats import binom
+
+    right = runs.clean()
+    return bool((binom.sf(right.sum(1) - 1, right.shape[1], 1 / classes) < 0.01).all())
 
 
 Found = Mapping[str, Runs]  # by model name

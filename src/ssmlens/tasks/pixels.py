@@ -2,6 +2,8 @@
 
     noise     x_t ~ N(0, 1), all channels, for a ≤ t < b: noise takes the place of the pixels
     target    x_t of a random image of the target class, for a ≤ t < b
+    search    signs of ± ε for a ≤ t < b, a random block set anew in each query, kept where the margin max_{j≠y} logit_j - logit_y grows: without
+              gradients   (after Andriushchenko et al. 2020)
     PGD       x ← Π(x + α sign ∇_x loss(x)), Π onto |x - x₀| ≤ ε for a ≤ t < b, x = x₀ elsewhere, 0 ≤ x ≤ 1   (Madry et al. 2018)
 
     pixels: (n, length, channels) float32 in [0, 1]     labels: (n,) int64     logits: a function of pixels, (n, classes)
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmlens.errors import UserError
-from ssmlens.tasks.base import Seed, bits, words
+from ssmlens.tasks.base import Seed, bits, permutation, words
 
 Logits = Callable[[Float[Tensor, "n length channels"]], Float[Tensor, "n classes"]]
 
@@ -118,11 +120,16 @@ def corrupted(pixels: Tensor, region: Region, seed: Seed) -> Tensor:
 
 
 def donors(labels: Int64[np.ndarray, " n"], target: int, seed: Seed) -> Int64[np.ndarray, " n"]:
-    """For each image the place of a random one of the target class. Raises UserError where there is none."""
+    """For each image the place of a random one of the target class; over the images of other classes, which are attacked, each serves equally
+    often (as far as it goes). Raises UserError where there is none."""
     among = np.flatnonzero(labels == target)
     if not len(among):
         raise UserError(f"no image is of class {target}: there is nothing to attack with")
-    return among[(words(bits(seed), len(labels)) % np.uint64(len(among))).astype(np.int64)]
+    found = np.empty(len(labels), np.int64)
+    among = among[permutation(len(among), (*seed, 0))]
+    for which, here in enumerate((np.flatnonzero(labels != target), np.flatnonzero(labels == target)), 1):
+        found[here] = among[permutation(len(here), (*seed, which)) % len(among)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,8 @@ class PGD:
 
 @dataclass(frozen=True)
 class Attacked:
-    """What PGD found. pixels: the image as changed; predicted: its class; before, after: the loss that was climbed, in nats."""
+    """What PGD found. pixels: the image as changed; predicted: its class; before, after: the loss that was climbed, in nats (of `search`:
+    the margin, of logits)."""
 
     pixels: Float[Tensor, "n length channels"]
     predicted: Int64[Tensor, " n"]
@@ -227,6 +235,79 @@ def _look(
     predicted = out.detach().argmax(1)
     fooled = (predicted == aim) if targeted else (predicted != aim)
     return _Look(part.detach(), predicted, loss.detach(), fooled, slope)
+
+
+@torch.no_grad()
+def search(
+    logits: Logits,
+    pixels: Float[Tensor, "n length channels"],
+    labels: Int64[Tensor, " n"],
+    region: Region,
+    epsilon: float,
+    queries: int,
+    *,
+    seed: Seed = (0,),
+    batch_size: int = 64,
+) -> Attacked:
+    """Random search for the signs of ± ε that misclassify, from random ones: no gradient can mislead it.
+
+    Each query sets a random block of the region to one random sign a channel, half the region wide at first and one pixel in the end, and is kept where
+    it raises the margin. Of all images looked at, the untouched one included, the one with the largest margin is kept; those misclassified are
+    not asked again."""
+    _inside(region, pixels)
+    width, channels = region.width, pixels.shape[2]
+    start = uniform((len(pixels), width, channels), (*seed, 0)).sub(0.5).sign().to(pixels)
+    place = uniform((queries, len(pixels)), (*seed, 1))
+    signs = uniform((queries, len(pixels), 1, channels), (*seed, 2)).sub(0.5).sign().to(pixels)
+    t = torch.arange(width)
+    parts = []
+    for first in range(0, len(pixels), batch_size):
+        rows = slice(first, first + batch_size)
+        x, y, s = pixels[rows], labels[rows], start[rows]
+        predicted, before = _margin(logits(x), y)
+        best, part, after = x[:, region.here].clone(), s, before.clone()
+        reached = torch.full_like(before, -math.inf)  # the margin of s, which may be below that of the untouched image
+        for query in range(queries + 1):
+            left = torch.nonzero(predicted == y)[:, 0]
+            if not len(left):
+                break
+            if query:
+                block = math.ceil(width * 0.5 ** (1 + (query - 1) / queries * math.log2(width)))
+                from_ = (place[query - 1, rows] * (width - block + 1)).floor()
+                here = (t >= from_[:, None]) & (t < from_[:, None] + block)
+                part = torch.where(here[:, :, None].to(x.device), signs[query - 1, rows], s)
+            moved = (x[left, region.here] + epsilon * part[left]).clamp(0, 1)
+            says, margin = _margin(logits(replaced(x[left], region, moved)), y[left])
+            kept, better = margin > reached[left], margin > after[left]
+            s[left[kept]], reached[left[kept]] = part[left][kept], margin[kept]
+            best[left[better]], after[left[better]], predicted[left[better]] = (
+                moved[better],
+                margin[better],
+                says[better],
+            )
+        parts.append((replaced(x, region, best), predicted, before, after))
+    return Attacked(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _margin(out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The class predicted, and the largest other logit minus that of y: above zero where the class is not y."""
+    out = out.float()
+    own = F.one_hot(y, out.shape[1]).bool()
+    return out.argmax(1), out.masked_fill(own, -math.inf).amax(1) - out[own]
+
+
+def slopes(
+    logits: Logits, pixels: Float[Tensor, "n length channels"], labels: Int64[Tensor, " n"], batch_size: int = 64
+) -> Float[Tensor, "n length channels"]:
+    """The gradient of each image's own cross-entropy to its pixels, which PGD begins with."""
+    found = []
+    for first in range(0, len(pixels), batch_size):
+        x, y = pixels[first : first + batch_size], labels[first : first + batch_size]
+        whole = Region(0, x.shape[1])
+        slope = _look(logits, x, x, whole, y, False, gradient=True).gradient
+        assert slope is not None
+        found.append(slope)
+    return torch.cat(found)
 
 
 def _inside(region: Region, pixels: Tensor) -> None:

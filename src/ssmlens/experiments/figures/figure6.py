@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ssmlens.experiments.base import Claim, Item, Request, claims_config, claims_table, claims_verdict, side
+from ssmlens.experiments.base import Claim, Item, Outcome, Request, claims_config, claims_table, claims_verdict, side
 from ssmlens.experiments.figures.models import Model, described
 from ssmlens.experiments.figures.runs import Done, Plan, run, said
 from ssmlens.experiments.figures.scales import SCALES, Scale, chosen, length, mambas, sequences, trained
@@ -48,7 +48,7 @@ def record(request: Request, done: Done) -> Record:
 
 
 def shares(parts: list[dict[str, Any]], threshold: int) -> Value:
-    """Of channels at or below THRESHOLDS[threshold]: over initialisations where there are several, else over sequences."""
+    """Of channels at or below THRESHOLDS[threshold]: over initialisations where there are several, else over the texts of the one model."""
     each = [[row[threshold] for row in part["below"]] for part in parts]
     return Value.mean(np.mean(x) for x in each) if len(each) > 1 else Value.mean(each[0])
 
@@ -56,16 +56,24 @@ def shares(parts: list[dict[str, Any]], threshold: int) -> Value:
 def _claim(name: str, done: Done, smoke: bool) -> Claim:
     parts, model = done.found[name], done.models[name]
     share = shares(parts, _HALF)
-    when = "trained" if model.trained else "at initialisation"
-    why = (
-        "At initialisation Δ hardly depends on the token, so that channels can hardly move."
-        if not model.trained
-        else "The paper does not say which model or text; pinned state channels are left out."
-    )
+    outcome: Outcome = "not comparable" if smoke else side(share, of=PAPER)
+    when = "" if model.kind == "fresh" else ", trained" if model.trained else ", at initialisation"
+    percent = Value(value=100 * share.value, stderr=None if share.stderr is None else 100 * share.stderr, n=share.n)
     return Claim(
-        NAME, f"{name}, {when}: over 60 % of state channels move by less than 0.5 over a sequence.", "over 60 %", f"{said(Value(value=100 * share.value, stderr=None if share.stderr is None else 100 * share.stderr, n=share.n), '%')}",
-        "not comparable" if smoke else side(share, of=PAPER), why, share.value, share.stderr, share.n,
+        NAME, f"{name}{when}: over 60 % of state channels move by less than 0.5 over a sequence.", "over 60 %", said(percent, "%"), outcome,
+        f"{_why(outcome, model.trained)} Over {done.over(name)}.", share.value, share.stderr, share.n,
     )  # fmt: skip
+
+
+def _why(outcome: Outcome, trained: bool) -> str:
+    if outcome == "not comparable":
+        return "Nothing can be said of a model this small."
+    if trained:
+        return "The paper does not say which model or text; pinned state channels are left out."
+    return {
+        "agrees": "As one would expect at initialisation, where Δ depends little on the token.",
+        "differs": "Unexpected at initialisation, where Δ should depend little on the token.",
+    }.get(outcome, "At initialisation; the interval holds the paper's 60 %, or there is none.")
 
 
 def _table(done: Done) -> Table:
@@ -86,7 +94,7 @@ def _table(done: Done) -> Table:
         ])  # fmt: skip
     return Table(
         id="ranges", title="Ranges of transitions", columns=columns, rows=rows,
-        meaning="Share of learned state channels whose transition moves by no more than so much over a sequence. ± standard error over initialisations; of a trained model over sequences.",
+        meaning="Share of learned state channels whose transition moves by no more than so much over a sequence. ± standard error over initialisations; of a trained model over its texts.",
         method="a_t at the scan's own input, extremes over all tokens of a sequence but the first.",
     )  # fmt: skip
 
@@ -114,12 +122,12 @@ def _layers(done: Done) -> Figure:
         values = [Value.mean(part["by_layer"][i] for part in parts) for i in known]
         depth = [i / max(1, len(parts[0]["by_layer"]) - 1) for i in known]
         series.append(Series(
-            name=name, x=depth, y=[v.value for v in values], stderr=[v.stderr or 0.0 for v in values], group=name,
-            style="line" if done.models[name].trained else "fit",
+            name=name, x=depth, y=[v.value for v in values], group=name, style="line" if done.models[name].trained else "fit",
+            stderr=[v.stderr or 0.0 for v in values] if len(parts) > 1 else None,
         ))  # fmt: skip
     return Figure(
         id="ranges-by-layer", title="The same, layer by layer, at 0.5", x_label="depth (0: first layer, 1: last)", y_label="share of channels that move by at most 0.5",
-        series=series, meaning="Where a line dips, channels answer to what they read.", method="Mean over sequences; bars: standard errors over initialisations.",
+        series=series, meaning="Where a line dips, channels answer to what they read.", method="Mean over texts; bars: standard errors over initialisations.",
     )  # fmt: skip
 
 

@@ -2,27 +2,32 @@
 
     RUN/found.npz     what the lens measured (`ssmlens.lens.store`)       RUN/result.json    what of it the record needs beside
 
-Initialisations are the independent samples of a number at initialisation, sequences those of a trained model.
+Initialisations are the independent samples of a number at initialisation: each is one number, however many texts it read. A trained model is
+there once, so its texts are the samples. A number of a curve is that of the curve pooled over the texts, for both alike; for one model its error is
+the jackknife's over its n texts:
+
+    stderr² = (n - 1)/n · Σ_i (x without text i - their mean)²
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ssmlens import files
-from ssmlens.experiments.base import Request
-from ssmlens.experiments.figures.models import Model, build, tokens
+from ssmlens.experiments.base import Outcome, Request, holm, side
+from ssmlens.experiments.figures.models import BESIDE, Model, build, tokens
 from ssmlens.lens import influence, smoothing, transitions
-from ssmlens.lens.decay import Fit, fit_decay
-from ssmlens.lens.floor import Floor
+from ssmlens.lens.decay import fit_decay
 from ssmlens.lens.influence import Influence
 from ssmlens.lens.smoothing import Smoothing
 from ssmlens.lens.store import pack, unpack
+from ssmlens.models.pretrained import packaged
 from ssmlens.results import Value
 from ssmlens.training import sweep, sweep_provenance
 from ssmlens.training.schedulers import Report
@@ -37,6 +42,24 @@ class Plan:
     sequences: int
     probes: int = 8
     pairs: int = 1024
+
+
+class Couple(NamedTuple):
+    """A Mamba and a transformer of its size. when: "at initialisation" or "trained". paired: they are known to have read the same texts."""
+
+    one: str
+    other: str
+    when: str
+    paired: bool
+
+    @property
+    def trained(self) -> bool:
+        return self.when == "trained"
+
+    @property
+    def note(self) -> str:
+        """For the end of a sentence; empty where the transformer's name says it."""
+        return "" if self.other.endswith("(trained here)") else f" ({self.when})"
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,32 @@ class Done:
             name for name, m in self.models.items()
             if m.kind in kinds and recurrent in (None, self.results[name]["recurrent"])
         ]  # fmt: skip
+
+    def over(self, name: str) -> str:
+        """What the samples of its numbers are."""
+        return "initialisations" if len(self.found[name]) > 1 else "texts read by this one model"
+
+    def over_both(self, couple: Couple) -> str:
+        several = len(self.found[couple.one]) > 1
+        return "initialisations" if several else "texts, the same for both" if couple.paired else "texts"
+
+    def couples(self) -> list[Couple]:
+        found = []
+        for name in self.names("mamba"):
+            like = f"Pythia-{BESIDE[self.models[name].of]}"
+            if like in self.found:
+                found.append(Couple(name, like, "at initialisation", self._same_texts(name, like)))
+        others = self.names("trained transformer") + self.names("loaded", recurrent=False)
+        return found + [
+            Couple(a, b, "trained", self._same_texts(a, b))
+            for a, b in zip(self.names("loaded", recurrent=True), others, strict=False)
+        ]
+
+    def _same_texts(self, one: str, other: str) -> bool:
+        """Published sizes read the same words, packaged models (and what was trained beside them) the same bytes; of others it is not known."""
+        told, models = [self.results[n] for n in (one, other)], [self.models[n] for n in (one, other)]
+        alike = all(told[0].get(key) == told[1].get(key) for key in ("length", "sequences"))
+        return alike and (all(m.kind in ("mamba", "pythia") for m in models) or all(m.of in packaged() for m in models))
 
     def notes(self) -> list[str]:
         losses = [f"{name} {self.results[name]['loss']:.2f}" for name in self.models if "loss" in self.results[name]]
@@ -127,40 +176,100 @@ def summary(found: transitions.Transitions) -> dict[str, Any]:
 # ---- several initialisations of one model ----
 
 
+def estimates(
+    statistic: Callable[..., Sequence[float] | None], *models: Sequence[Influence], paired: bool = True
+) -> list[Value]:
+    """Numbers of the pooled curve of one model, or of the curves of several at once, with their standard errors; none where there are none.
+
+    models: of each its initialisations, as many of all; or each alone, and then the jackknife over its texts. paired: several models alone have
+    read the same ones, so that a text is left out of all at once. statistic: from one Influence of every model to the numbers, or None."""
+    assert len({len(parts) for parts in models}) == 1
+    if len(models[0]) > 1:
+        each = [found for of in zip(*models, strict=True) if (found := statistic(*of)) is not None]
+        return [Value.mean(column) for column in zip(*each, strict=True)]
+    alone = [parts[0] for parts in models]
+    whole = statistic(*alone)
+    if whole is None:
+        return []
+    everyone = set(range(len(alone)))
+    variance = np.zeros(len(whole))
+    for which in [everyone] if paired else [{k} for k in everyone]:
+        n = min(alone[k].n_sequences for k in which)
+        left = [
+            statistic(*(_without(one, i) if k in which else one for k, one in enumerate(alone)))
+            for i in range(n if n > 1 else 0)
+        ]
+        rows = np.array([row for row in left if row is not None], dtype=float)
+        if n < 2 or len(rows) < n:
+            return [Value(value=float(x), n=n) for x in whole]
+        variance += (n - 1) / n * np.square(rows - rows.mean(0)).sum(0)
+    n = min(one.n_sequences for one in alone)
+    return [Value(value=float(x), stderr=math.sqrt(v), n=n) for x, v in zip(whole, variance, strict=True)]
+
+
+def _without(one: Influence, i: int) -> Influence:
+    squares, counts = np.delete(one.by_depth, i, axis=1), np.delete(one.counts, i, axis=0)
+    return _refitted(replace(one, by_depth=squares, counts=counts))
+
+
+def _refitted(one: Influence) -> Influence:
+    return replace(one, fit=fit_decay(one.squares, one.counts, floor=one.floor.value, seed=one.seed), cost=None)
+
+
 def joined(name: str, parts: Sequence[Influence]) -> Influence:
-    """All sequences of all initialisations as those of one: for pictures. Its fit is that of the pooled curve."""
-    squares = np.concatenate([p.by_depth for p in parts], axis=1)
-    counts = np.concatenate([p.counts for p in parts])
+    """For pictures: every initialisation, pooled over its texts, as one sequence, so that bands are over initialisations; one model as it is.
+    The line is the mean of theirs, as in tables."""
+    if len(parts) == 1:
+        return replace(parts[0], name=name)
+    squares = np.stack([p.by_depth.sum(1) for p in parts], axis=1)
+    counts = np.stack([p.counts.sum(0) for p in parts])
     floor = max((p.floor for p in parts), key=lambda f: f.value)
-    assert isinstance(floor, Floor)
-    return replace(
-        parts[0], name=name, by_depth=squares, counts=counts, floor=floor, fit=fit_decay(squares[0], counts, floor=floor.value, seed=parts[0].seed), cost=None,
-    )  # fmt: skip
+    whole = _refitted(replace(parts[0], name=name, by_depth=squares, counts=counts, floor=floor))
+    fits = [p.fit for p in parts if p.fit is not None]
+    if whole.fit is None or not fits:
+        return whole
+    kappa, intercept = (float(np.mean([getattr(f, what) for f in fits])) for what in ("kappa", "intercept"))
+    return replace(whole, fit=replace(whole.fit, kappa=kappa, intercept=intercept))
+
+
+def by_sample(parts: Sequence[Smoothing], of: Callable[[Smoothing], np.ndarray]) -> np.ndarray:
+    """of: from a model to one row a text. (samples, ...): initialisations, each the mean of its texts; of one model the texts."""
+    return np.stack([of(p).mean(0) for p in parts]) if len(parts) > 1 else of(parts[0])
 
 
 def joined_smoothing(name: str, parts: Sequence[Smoothing]) -> Smoothing:
-    def all_of(what: str) -> dict[str, Any]:
-        return {stream: np.concatenate([getattr(p, what)[stream] for p in parts]) for stream in getattr(parts[0], what)}
+    """For pictures and tables: every initialisation, averaged over its texts, as one sequence; one model as it is."""
+    if len(parts) == 1:
+        return replace(parts[0], name=name)
+    distance, norm, error = {}, {}, {}
+    for stream in parts[0].distance:
+        distance[stream] = np.stack([p.distance[stream].mean(0) for p in parts])
+        relative = np.stack([p.relative_by_sequence(stream).mean(0) for p in parts])
+        # by which E over the norm is the mean of the texts' own, not the ratio of their means
+        norm[stream] = np.divide(distance[stream], relative, out=np.zeros_like(relative), where=relative > 0)
+        error[stream] = np.zeros_like(relative)
+    return replace(parts[0], name=name, distance=distance, norm=norm, sampling_error=error)
 
-    return replace(
-        parts[0], name=name, distance=all_of("distance"), norm=all_of("norm"), sampling_error=all_of("sampling_error")
+
+def every(values: Sequence[Value], above: bool = True) -> tuple[Outcome, int, int]:
+    """Whether all lie above zero (or below), how many clearly do, and how many clearly lie on the other side.
+
+    It agrees where every 95 % interval does, which needs no correction; it differs where one lies on the other side by Holm's p < 0.05 over all."""
+    p_values = {str(i): v.p_value() for i, v in enumerate(values)}
+    adjusted = holm({i: 1.0 if p is None else p for i, p in p_values.items()})
+    there = sum(side(v, above) == "agrees" for v in values)
+    against = sum(
+        p < 0.05 and (v.value < 0) == above for p, v in zip((adjusted[i] for i in p_values), values, strict=True)
     )
+    return "differs" if against else "agrees" if there == len(values) else "undecided", there, against
 
 
-def samples(parts: Sequence[Influence]) -> list[Influence]:
-    """The independent ones: initialisations where there are several, else the sequences of the one model, each by itself."""
-    if len(parts) > 1:
-        return list(parts)
-    one = parts[0]
-    return [
-        replace(one, by_depth=one.by_depth[:, i : i + 1], counts=one.counts[i : i + 1],
-                fit=fit_decay(one.squares[i : i + 1], one.counts[i : i + 1], floor=one.floor.value, seed=one.seed))
-        for i in range(one.n_sequences)
-    ]  # fmt: skip
+ONE_TRAINING = "One training of each: another might come out the other way, so no more than undecided is said."
 
 
-def fits(parts: Sequence[Influence]) -> list[Fit]:
-    return [s.fit for s in samples(parts) if s.fit is not None]
+def capped(outcome: Outcome, trained: bool) -> Outcome:
+    """Of a comparison of two models: undecided at most where each was trained once."""
+    return "undecided" if trained and outcome in ("agrees", "differs") else outcome
 
 
 def said(value: Value, unit: str = "") -> str:
