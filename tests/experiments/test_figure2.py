@@ -37,6 +37,8 @@ def test_a_model_that_forgets_agrees_with_the_paper_and_one_that_does_not_differ
     assert [c["outcome"] for c in made.config["claims"]] == ["agrees"] * 4
     index = made.tables[1].rows[0][4]
     assert index.value == pytest.approx(60, abs=1)
+    assert "recency index +30 points (+30 to +30), -30 points (-30 to -30) from Mamba's" in made.verdict[-1]
+    assert "finds 68 % where Mamba finds 55 %" in made.verdict[-1]
     other = figure2.record("laptop", {"mamba": _runs(80, 20), "transformer": _runs(80, 80)}, [0, 1, 2, 3], {})
     assert {c["outcome"] for c in other.config["claims"]} == {"differs"}
     lost = figure2.record("laptop", {"mamba": _runs(20, 80), "transformer": _runs(5, 5)}, [0, 1, 2, 3], {})

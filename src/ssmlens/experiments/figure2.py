@@ -10,6 +10,7 @@ seeds.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any, Literal
 
 from ssmlens.errors import UserError
@@ -154,7 +155,7 @@ def record(
     return Record(
         kind="reproduce",
         title=f"Figures 2 and 9: needles in a haystack, models trained here ({scale_name} scale)",
-        verdict=claims_verdict(claims, smoke),
+        verdict=[*claims_verdict(claims, smoke), *([] if smoke else _polarized(scale, found))],
         tables=[*([] if smoke else [claims_table(claims)]), _table(scale, found)],
         figures=[_by_depth(scale, found), _runs(scale, found)],
         maps=[_map(scale, found)],
@@ -192,6 +193,28 @@ def _parts(scale: Scale) -> dict[str, list[int]]:
         f"up to {longest} tokens": _rows(scale, lambda n: n <= longest),
         f"longer than any in training (up to {max(scale.measured)})": _rows(scale, lambda n: n > longest),
     }
+
+
+def _polarized(scale: Scale, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What the paper does not ask: whether polarization takes the preference away, and at what price."""
+    if not {"mamba", "polarized"} <= set(found):
+        return []
+    out = []
+    for words, rows in _parts(scale).items():
+        pairs = list(zip(found["polarized"], found["mamba"], strict=True))
+        index = Value.mean([_index(p, rows) for p, _ in pairs], "points")
+        less = Value.mean([_index(p, rows) - _index(m, rows) for p, m in pairs], "points")
+        finds = Value.mean([_everywhere(p, rows) - _everywhere(m, rows) for p, m in pairs], "points")
+        out.append(
+            f"Polarized Mamba ({words}): recency index {_points(index)}, {_points(less)} from Mamba's; over all depths it finds "
+            f"{fmean(_everywhere(p, rows) for p, _ in pairs):.0f} % where Mamba finds {fmean(_everywhere(m, rows) for _, m in pairs):.0f} % "
+            f"(difference {_points(finds)})."
+        )
+    return out
+
+
+def _everywhere(run: dict[str, Any], rows: list[int]) -> float:
+    return fmean(x for r in rows for x in run["accuracy"][r])
 
 
 def _claims(scale: Scale, found: dict[str, list[dict[str, Any]]]) -> list[Claim]:
