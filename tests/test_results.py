@@ -99,6 +99,17 @@ def test_provenance_names_versions_but_no_machine_paths(monkeypatch):
     p = provenance()
     assert p.command == ["ssmlens", "diagnose", "model", "--length", "3"]
     assert "torch" in p.versions
+    given = {
+        "/data/a.txt,/data/b/c.txt": "a.txt,c.txt",
+        "pixels=/data/cifar.tar.zst": "pixels=cifar.tar.zst",
+        "figure4=/data/a.txt,tokenizer:/home/me/t.json": "figure4=a.txt,tokenizer:t.json",
+        "datasets:owner/name": "datasets:owner/name",
+        "runs/mine": "runs/mine",
+        "2/255": "2/255",
+        "https://host/file": "https://host/file",
+    }
+    monkeypatch.setattr("sys.argv", ["ssmlens", *given])
+    assert provenance().command[1:] == list(given.values())
 
 
 def test_a_series_whose_parts_differ_in_length_is_refused():

@@ -297,10 +297,17 @@ def provenance(device: str = "cpu") -> Provenance:
         commit=_commit(),
         command=[
             "ssmlens" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name,
-            *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]),
+            *(_placeless(a) for a in sys.argv[1:]),
         ],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _placeless(argument: str) -> str:
+    """With the names alone of its absolute paths: one, several with commas between, or behind a name: `pixels=/data/cifar.tar`."""
+    if os.path.isabs(argument) and "," not in argument:
+        return Path(argument).name
+    return re.sub(r"(?<![^,=:])/(?!/)[^,]*", lambda found: Path(found[0]).name, argument)
 
 
 def _processor() -> str:
