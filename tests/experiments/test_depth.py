@@ -174,6 +174,8 @@ def test_a_users_own_text_and_tokenizer(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match="name a text beside the tokenizer"):
+        ITEMS["figure4"].run(request(tmp_path / "none", data=f"tokenizer:{tmp_path / 'words.json'}"))
     named = f"{tmp_path / 'a.txt'},tokenizer:{tmp_path / 'words.json'}"
     found = depth_runs.text(SCALES["smoke"], named, 16, 0, tmp_path / "cache")
     assert (found.vocab_size, found.described["unit"], found.described["name"]) == (8, "tokens", "a.txt")

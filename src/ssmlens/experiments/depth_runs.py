@@ -190,6 +190,10 @@ def text(scale: Scale, data: str | None, context: int, seed: int, cache: Path) -
             "unit": "bytes",
         }
         return Text(stream, BYTES, found.tokens, found.targets, told)
+    if named == corpus.PYTHON_REFERENCE:
+        raise UserError(
+            "the packaged text is read as bytes: name a text beside the tokenizer, --data FILE,tokenizer:FILE"
+        )
     encode, vocab_size, end = coding(tokenizer)
     source = source_of(named)
     cache = cache / _key(identity(named, tokenizer))
