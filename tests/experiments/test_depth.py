@@ -1,6 +1,7 @@
 """Depth against width: the paper's sizes, what a run reads and trains, what is said of the results."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +290,16 @@ def test_sizes_that_surely_differ_in_sign_decide_nothing() -> None:
     assert Effect(apart).against() == [3]
     assert Effect(apart | {3: [-0.05]}).outcome(True) == "agrees", "-0.05 is within the noise"
     assert Effect({size: [-x for x in each] for size, each in apart.items() if size < 3}).outcome(True) == "differs"
+
+
+def test_the_size_that_leaves_a_statement_undecided_is_named() -> None:
+    found = losses(papers)
+    for (_, size, d, *_), result in found.results.items():
+        result["loss"] -= 0.5 * (size == 204_000 and d == 32)  # lower than at 2 layers, in this size alone
+    first = depth.claims_of(found)[0]
+    assert first.outcome == "undecided"
+    assert first.ours.count("surely") == 1
+    assert re.search(r"204k -0\.\d+ \(surely below zero\), 600k \+", first.ours)
 
 
 def test_the_record_of_the_laptop_design() -> None:

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
 from ssmlens.experiments import ITEMS, overview
-from ssmlens.experiments.base import Claim, Item
+from ssmlens.experiments.base import Claim, Item, claims_counted
 from ssmlens.results import Record, provenance
 
 
@@ -43,6 +43,7 @@ def test_claims_are_gathered_and_counted():
     made = overview.record("laptop", records, {"d": "no images"})
     assert made.verdict[0] == "1 of the items could not be run: d."
     assert "Agrees: 2 of 3 comparisons with the paper." in made.verdict
+    assert claims_counted([_claim("agrees"), _claim("agrees"), _claim("differs")]).endswith(": 2 agree, 1 differs.")
     assert any(said.startswith("They belong to 2 of the paper's tables and figures") for said in made.verdict)
     assert "statements of the paper" not in made.to_json()
     assert [link.href for link in made.links] == ["a/report.html", "b/report.html", "c/report.html"]

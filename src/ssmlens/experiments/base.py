@@ -111,12 +111,15 @@ def claims_verdict(claims: Sequence[Claim], smoke: bool = False) -> list[str]:
     """How many comparisons with the paper came out how, then each of them with what was found."""
     if smoke:
         return ["Smoke scale: this shows that every part runs. Nothing is measured that would mean anything."]
+    return [claims_counted(claims), *(f"{c.claim} Here: {c.ours}: {c.outcome}." for c in claims)]
+
+
+def claims_counted(claims: Sequence[Claim], compared_with: str = "the paper") -> str:
+    """A sentence: how many comparisons came out how."""
+    plural = {"agrees": "agree", "differs": "differ"}
     counts = {outcome: sum(c.outcome == outcome for c in claims) for outcome in get_args(Outcome)}
-    words = ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
-    return [
-        f"Of {len(claims)} comparisons with the paper: {words}.",
-        *(f"{c.claim} Here: {c.ours}: {c.outcome}." for c in claims),
-    ]
+    words = (f"{n} {outcome if n == 1 else plural.get(outcome, outcome)}" for outcome, n in counts.items() if n)
+    return f"Of {len(claims)} comparisons with {compared_with}: {', '.join(words)}."
 
 
 def claims_table(claims: Sequence[Claim]) -> Table:

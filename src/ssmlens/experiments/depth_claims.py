@@ -134,10 +134,12 @@ def claims_of(found: Runs, smoke: bool = False) -> list[Claim]:
             none = "No two runs of this design can be held against each other."
             return Claim(item, says, papers, "not run", "not comparable", none)
         value, by_size = effect.mean(), effect.by_size
-        each = ", ".join(f"{short(g)} {effect.mean(g).value:+.4f}" for g in by_size)
+        against = effect.against()
+        beyond = f" (surely {'below' if value.value > 0 else 'above'} zero)"
+        each = ", ".join(f"{short(g)} {effect.mean(g).value:+.4f}{beyond if g in against else ''}" for g in by_size)
         counts = ", ".join(f"{short(g)}: {len(x)}" for g, x in by_size.items())
         reason = f"Differences within size and seed; seeds of {counts}; {value.n and value.n - 1} degrees of freedom.{why}{stand_in}"
-        if against := effect.against():
+        if against:
             reason = f"On the other side of zero, surely: {', '.join(map(short, against))}. {reason}"
         return Claim(
             item, says, papers, f"{measured}: {said(value)}; by size {each}", "not comparable" if smoke else effect.outcome(above),

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ssmlens.experiments import pixels_checks, pixels_claims, pixels_gradient, pixels_noise, pixels_target
-from ssmlens.experiments.base import Claim, claims_config, claims_table
+from ssmlens.experiments.base import Claim, claims_config, claims_counted, claims_table
 from ssmlens.experiments.pixels_claims import Sides
 from ssmlens.experiments.pixels_gradient import named
 from ssmlens.experiments.pixels_measure import Plan
@@ -15,7 +15,6 @@ from ssmlens.experiments.recall import PAPER_LENGTH
 from ssmlens.results import Figure, Map, Record, Series, Table, Value, provenance
 from ssmlens.tasks.images import ImageSet
 
-_OUTCOMES = {"agrees": "agree", "differs": "differ", "undecided": "undecided", "not comparable": "not comparable"}
 Results = Mapping[str, Sequence[dict[str, Any]]]  # by model, seed after seed
 
 
@@ -55,9 +54,7 @@ def record(
     maps.append(pixels_gradient.map_of(found, attacked, plan))
     verdict += pixels_gradient.sentences(found, s, plan, k)
     figures.append(_learning(found, results, scale))
-    outcomes = [claim.outcome for claim in claims]
-    counted = ", ".join(f"{outcomes.count(o)} {w}" for o, w in _OUTCOMES.items() if o in outcomes)
-    verdict.insert(1, f"Of {len(claims)} comparisons with the paper's signs and orders: {counted}.")
+    verdict.insert(1, claims_counted(claims, "the paper's signs and orders"))
     if not learned:
         verdict = [
             "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
