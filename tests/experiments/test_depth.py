@@ -225,14 +225,19 @@ def test_recomputing_changes_no_gradient() -> None:
 # ---- what is said ----
 
 
-def losses(rule: Callable[[str, int, int], float], parts: tuple[Part, ...] | None = None, noise: float = 0.002) -> Runs:
-    """Results of the laptop design, as its runs would leave them: loss by (variant, depth, context)."""
+def losses(
+    rule: Callable[[str, int, int], float],
+    parts: tuple[Part, ...] | None = None,
+    noise: float = 0.002,
+    blurs: float = 0.01,
+) -> Runs:
+    """Results of the laptop design, as its runs would leave them: loss by (variant, depth, context); sharpness lost a layer."""
     scale, draw = SCALES["laptop"], torch.Generator().manual_seed(0)
 
     def result(variant: str, size: int, d: int, context: int) -> dict[str, object]:
         wide = depth_runs.width(d, size, 256, 2)
         return {
-            "loss": rule(variant, d, context) + noise * float(torch.randn((), generator=draw)) + size / 1e7, "blur": 0.5, "embedding": 256 * wide,
+            "loss": rule(variant, d, context) + noise * float(torch.randn((), generator=draw)) + size / 1e7, "blur": 1 - blurs * d + noise * float(torch.randn((), generator=draw)), "embedding": 256 * wide,
             "parameters": depth_runs.parameters(d, wide, 256) - 4 * wide * d * (variant == "polarized"), "width": wide, "steps": 800, "tokens": 819_200,
             "seconds": 60.0, "text": {"name": "a.txt", "sha256": "0" * 64, "tokens": 10**6, "unit": "bytes"}, "history": [],
         }  # fmt: skip
@@ -252,10 +257,13 @@ def papers(variant: str, d: int, context: int) -> float:
 
 def test_claims_follow_the_losses() -> None:
     claims = depth.claims_of(losses(papers))
-    assert [c.outcome for c in claims] == ["agrees"] * 7
-    opposite = depth.claims_of(losses(lambda variant, d, context: 2 - papers(variant, d, context)))
-    assert [c.outcome for c in opposite] == ["differs"] * 4 + ["agrees"] + ["differs"] * 2, "a spread has no sign"
-    assert [c.outcome for c in depth.claims_of(losses(papers), smoke=True)] == ["not comparable"] * 7
+    assert [c.outcome for c in claims] == ["agrees"] * 9
+    assert claims[5].item == "Section 4" and claims[5].ours.startswith(
+        "sharpness kept at 32 layers minus at 2, context 128: -0.3"
+    )
+    opposite = depth.claims_of(losses(lambda variant, d, context: 2 - papers(variant, d, context), blurs=-0.01))
+    assert [c.outcome for c in opposite] == ["differs"] * 4 + ["agrees"] + ["differs"] * 4, "a spread has no sign"
+    assert [c.outcome for c in depth.claims_of(losses(papers), smoke=True)] == ["not comparable"] * 9
     first = claims[0]
     assert first.value == pytest.approx(0.4, abs=0.01)
     assert first.n == 4, "three seeds, two, one: three degrees of freedom"
@@ -351,7 +359,7 @@ def test_a_rate_that_mends_depth_is_told_from_one_that_does_not() -> None:
 def test_without_polarized_runs_nothing_is_said_of_them() -> None:
     alone = losses(papers, tuple(replace(p, seeds=1) for p in SCALES["laptop"].parts if p.variant == "default"))
     claims = depth.claims_of(alone)
-    assert [c.item for c in claims] == ["Figure 4"] * 5
+    assert [c.item for c in claims] == ["Figure 4"] * 5 + ["Section 4"] * 2
     assert {c.outcome for c in claims} == {"undecided"}, "one seed of each size has no spread"
     assert "no interval" in claims[0].ours
     half = losses(papers, tuple(p for p in SCALES["laptop"].parts if p.variant == "half-rate"))

@@ -29,6 +29,7 @@ class Effect:
     """by_size: a number for every seed of a size, which are independent of each other."""
 
     by_size: Mapping[int, list[float]]
+    unit: str = "nats"
 
     def mean(self, *sizes: int) -> Value:
         """Over these sizes, or all."""
@@ -40,7 +41,7 @@ class Effect:
             pooled = math.fsum((x - means[size]) ** 2 for size, each in self.by_size.items() for x in each) / freedom
             stderr = math.sqrt(pooled * sum(1 / len(self.by_size[size]) for size in chosen)) / len(chosen)
         value = math.fsum(means[size] for size in chosen) / len(chosen)
-        return Value(value=value, stderr=stderr, n=freedom + 1, unit="nats")
+        return Value(value=value, stderr=stderr, n=freedom + 1, unit=self.unit)
 
     def against(self) -> list[int]:
         """The sizes that lie surely on the other side of zero."""
@@ -76,25 +77,29 @@ class Runs:
         cell = (variant, size, depth, context)
         return {key[4]: result for key, result in sorted(self.results.items()) if key[:4] == cell}
 
-    def loss(self, variant: str, size: int, depth: int, context: int, seed: int) -> float | None:
+    def loss(self, variant: str, size: int, depth: int, context: int, seed: int, of: str = "loss") -> float | None:
         result = self.results.get((variant, size, depth, context, seed))
-        return None if result is None else float(result["loss"])
+        return None if result is None else float(result[of])
 
-    def gap(self, variant: str, size: int, deep: int, shallow: int, context: int, seed: int) -> float | None:
-        """Loss at depth `deep` minus that at `shallow`: above zero, deeper is worse."""
-        return minus(self.loss(variant, size, deep, context, seed), self.loss(variant, size, shallow, context, seed))
+    def gap(
+        self, variant: str, size: int, deep: int, shallow: int, context: int, seed: int, of: str = "loss"
+    ) -> float | None:
+        """Loss (or what else `of` names) at depth `deep` minus that at `shallow`: above zero, deeper is worse."""
+        return minus(*(self.loss(variant, size, depth, context, seed, of) for depth in (deep, shallow)))
 
     def gaps(self, variant: str, size: int, deep: int, shallow: int, context: int) -> list[float]:
         """Of every seed that has both."""
         found = (self.gap(variant, size, deep, shallow, context, s) for s in self.of(variant, size, deep, context))
         return [x for x in found if x is not None]
 
-    def effect(self, of: Callable[[int, int], float | None], variant: str = "default") -> Effect | None:
+    def effect(
+        self, of: Callable[[int, int], float | None], variant: str = "default", unit: str = "nats"
+    ) -> Effect | None:
         """A number of every size and seed, where it can be made."""
         seeds = sorted({key[4] for key in self.results})
         found = {size: [x for s in seeds if (x := of(size, s)) is not None] for size in self.sizes(variant)}
         found = {size: numbers for size, numbers in found.items() if numbers}
-        return Effect(found) if found else None
+        return Effect(found, unit) if found else None
 
     def difference(self, deep: int, shallow: int, context: int) -> Effect | None:
         return self.effect(lambda size, seed: self.gap("default", size, deep, shallow, context, seed))
@@ -112,7 +117,7 @@ def minus(a: float | None, b: float | None) -> float | None:
 def said(v: Value) -> str:
     bounds = v.interval()
     within = f"95 % interval {bounds[0]:+.4f} to {bounds[1]:+.4f}" if bounds else "one run of each, no interval"
-    return f"{v.value:+.4f} nats ({within})"
+    return f"{f'{v.value:+.4f} {v.unit}'.strip()} ({within})"
 
 
 def claims_of(found: Runs, smoke: bool = False) -> list[Claim]:
@@ -162,6 +167,10 @@ def claims_of(found: Runs, smoke: bool = False) -> list[Claim]:
             ranges.append(max(known) - min(known) if len(known) > 1 else None)
         return minus(*ranges)
 
+    def kept(context: int) -> Callable[[int, int], float | None]:
+        """How much more of its sharpness the deep model keeps from its first block to its last than the shallow one."""
+        return lambda size, seed: found.gap("default", size, deep, shallow, context, seed, "blur")
+
     def unlocked(context: int) -> Callable[[int, int], float | None]:
         """What polarization adds to the loss of the deep model, minus what it adds to that of the shallow one."""
         return lambda size, seed: minus(
@@ -180,6 +189,12 @@ def claims_of(found: Runs, smoke: bool = False) -> list[Claim]:
         claim("At the shorter context the shape matters less than at the longer.", "curves together at 2048, apart at 8192",
               found.effect(spread), True, f"spread over depths below {deep}, at context {far} minus at {near}",
               why=" The depths are those of which a size has all its seeds."),
+        *(
+            claim("The deeper a model, the more alike its tokens become.", "over-smoothing explains what depth costs", found.effect(kept(c), unit=""), False,
+                  f"sharpness kept at {deep} layers minus at {shallow}, context {c}", "Section 4",
+                  " Relative sharpness after the last block over that after the first, on held-out text.")
+            for c in scale.contexts
+        ),
     ]  # fmt: skip
     if "polarized" in found.variants:
         claims += [
