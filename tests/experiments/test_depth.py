@@ -258,9 +258,8 @@ def papers(variant: str, d: int, context: int) -> float:
 def test_claims_follow_the_losses() -> None:
     claims = depth.claims_of(losses(papers))
     assert [c.outcome for c in claims] == ["agrees"] * 9
-    assert claims[5].item == "Section 4" and claims[5].ours.startswith(
-        "sharpness kept at 32 layers minus at 2, context 128: -0.3"
-    )
+    assert claims[5].item == "Section 4"
+    assert claims[5].ours.startswith("sharpness kept at 32 layers minus at 2, context 128: -0.3")
     opposite = depth.claims_of(losses(lambda variant, d, context: 2 - papers(variant, d, context), blurs=-0.01))
     assert [c.outcome for c in opposite] == ["differs"] * 4 + ["agrees"] + ["differs"] * 4, "a spread has no sign"
     assert [c.outcome for c in depth.claims_of(losses(papers), smoke=True)] == ["not comparable"] * 9
