@@ -77,7 +77,8 @@ class Runs:
         cell = (variant, size, depth, context)
         return {key[4]: result for key, result in sorted(self.results.items()) if key[:4] == cell}
 
-    def loss(self, variant: str, size: int, depth: int, context: int, seed: int, of: str = "loss") -> float | None:
+    def number(self, variant: str, size: int, depth: int, context: int, seed: int, of: str = "loss") -> float | None:
+        """What `of` names in a run's result; None where there is no such run."""
         result = self.results.get((variant, size, depth, context, seed))
         return None if result is None else float(result[of])
 
@@ -85,7 +86,7 @@ class Runs:
         self, variant: str, size: int, deep: int, shallow: int, context: int, seed: int, of: str = "loss"
     ) -> float | None:
         """Loss (or what else `of` names) at depth `deep` minus that at `shallow`: above zero, deeper is worse."""
-        return minus(*(self.loss(variant, size, depth, context, seed, of) for depth in (deep, shallow)))
+        return minus(*(self.number(variant, size, depth, context, seed, of) for depth in (deep, shallow)))
 
     def gaps(self, variant: str, size: int, deep: int, shallow: int, context: int) -> list[float]:
         """Of every seed that has both."""
@@ -163,7 +164,7 @@ def claims_of(found: Runs, smoke: bool = False) -> list[Claim]:
         depths = [d for d, n in counts.items() if n == max(counts.values())]
         ranges: list[float | None] = []
         for context in (far, near):
-            known = [x for d in depths if (x := found.loss("default", size, d, context, seed)) is not None]
+            known = [x for d in depths if (x := found.number("default", size, d, context, seed)) is not None]
             ranges.append(max(known) - min(known) if len(known) > 1 else None)
         return minus(*ranges)
 
