@@ -72,7 +72,7 @@ def two_items(monkeypatch):
 
     items = {
         "first": Item("first", "t", "s", ("smoke", "laptop"), (), works),
-        "second": Item("second", "t", "s", ("smoke", "laptop"), (), lacks, takes=("data",)),
+        "second": Item("second", "t", "s", ("smoke", "laptop"), (), lacks, takes=("data", "model")),
         "third": Item("third", "t", "s", ("smoke", "laptop"), (), works, group="first"),
     }
     ITEMS_before = dict(ITEMS)
@@ -106,5 +106,20 @@ def test_data_goes_to_its_item(two_items, tmp_path):
         ("secnd=x", "did you mean 'second'"),
     ):
         refused = CliRunner().invoke(app, [*given[:-1], wrong])
+        assert refused.exit_code != 0
+        assert message in str(refused.exception)
+
+
+def test_models_go_to_their_item(two_items, tmp_path):
+    given = ["reproduce", "all", "--out", str(tmp_path), "--processes", "0", "--data", "second=x"]
+    models = ["--model", "second=a=b.pth", "--model", "second=c", "--model", "second=c"]
+    assert CliRunner().invoke(app, [*given, *models]).exit_code == 0
+    assert [r.models for r in two_items] == [None, ("a=b.pth", "c"), None]
+    for wrong, message in (
+        ("c.pth", "--model pixels=CHECKPOINT, not --model c.pth"),
+        ("first=c", "has its own model"),
+        ("second=", "names no model"),
+    ):
+        refused = CliRunner().invoke(app, [*given, "--model", wrong])
         assert refused.exit_code != 0
         assert message in str(refused.exception)

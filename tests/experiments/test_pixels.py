@@ -11,7 +11,17 @@ from typer.testing import CliRunner
 
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
-from ssmlens.experiments import Request, find, pixels, pixels_claims, pixels_measure, pixels_models, pixels_noise
+from ssmlens.experiments import (
+    Request,
+    find,
+    pixels,
+    pixels_claims,
+    pixels_images,
+    pixels_measure,
+    pixels_models,
+    pixels_noise,
+    pixels_trained,
+)
 from ssmlens.experiments.pixels_claims import Sides
 from ssmlens.experiments.pixels_measure import Plan, Predictions, measure
 from ssmlens.experiments.pixels_models import SCALES, Model
@@ -297,6 +307,51 @@ def test_a_run_that_was_cut_while_measuring_goes_on(smoke, tmp_path):
     assert again.tables == first.tables
 
 
+def test_models_trained_elsewhere_stand_on_the_same_page(smoke, tmp_path, monkeypatch):
+    """A classifier of the run itself, given as a trained one, shows what the run has measured of it."""
+    runs = smoke[0].out / "runs"
+    once = replace(smoke[0], out=tmp_path, variants=("mamba",), seeds=1)
+    both = replace(once, models=tuple(str(runs / f"mamba-seed{seed}" / "model") for seed in (0, 1)))
+    plain, record = find("pixels").run(once), find("pixels").run(replace(both, resume=True))
+    tables = {t.id: t for t in record.tables}
+    own, trained = tables["corruption"], tables["trained-64-corruption"]
+    assert [c.name for c in trained.columns] == [c.name for c in own.columns]
+    assert [row[0] for row in trained.rows] == ["mamba-seed0", "mamba-seed1"]
+    assert trained.rows[0][1:] == own.rows[0][1:]
+    assert tables["trained-64-target-table"].rows[0][1:] == tables["figure10-table"].rows[0][1:]
+    assert tables["trained-64-gradient-table"].rows[0][1:] == tables["gradient-table"].rows[0][1:]
+    assert plain.tables == record.tables[: len(plain.tables)]
+    assert "mamba-seed1 (mamba, class token last" in record.notes[-1]
+    assert set(record.config["trained"][0]["models"]) == {"mamba-seed0", "mamba-seed1"}
+    assert Record.from_json(record.to_json()).to_json() == record.to_json()
+
+    def refuse(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(pixels_measure.attacks, "pgd", refuse)
+    assert find("pixels").run(replace(both, resume=True)).tables == record.tables
+
+
+def test_models_trained_elsewhere_read_no_more_tokens_and_keep_their_size(smoke, tmp_path):
+    """Twice as high and wide: four times the tokens, a quarter of the images."""
+    scale = replace(SCALES["smoke"], side=4, test_images=80, attacked=12)
+    group, = pixels_trained.opened([str(smoke[0].out / "runs" / "mamba-seed0" / "model")], "digits", scale)  # fmt: skip
+    assert (group.images.length, len(group.images.test), group.plan.images) == (64, 20, 3)
+    assert np.bincount(group.images.test.labels).tolist() == [2] * 10
+
+
+def test_models_that_do_not_fit_are_named_before_anything_is_trained(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(pixels, "sweep", refuse)
+    request = Request(scale="smoke", out=tmp_path, processes=0, progress=False)
+    with pytest.raises(UserError, match="no classifier of images"):
+        find("pixels").run(replace(request, models=("mamba-default",)))
+    with pytest.raises(UserError, match="nowhere"):
+        find("pixels").run(replace(request, models=(str(tmp_path / "nowhere"),)))
+
+
 def test_images_that_do_not_fit_are_named(tmp_path):
     request = Request(scale="laptop", out=tmp_path, processes=0, progress=False)
     with pytest.raises(UserError, match="--data"):
@@ -311,7 +366,7 @@ def test_images_are_averaged_over_squares():
     rng = np.random.default_rng(0)
     data = rng.integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
     split = Split(data.reshape(20, 64, 3), np.arange(20) % 10)
-    small = pixels.shrunk(images.base.assembled("x", tuple("abcdefghij"), (8, 8, 3), split, split), 4)
+    small = pixels_images.shrunk(images.base.assembled("x", tuple("abcdefghij"), (8, 8, 3), split, split), 4)
     assert (small.height, small.width, small.length) == (4, 4, 16)
     expected = data[3, 2:4, 4:6].mean((0, 1))
     assert np.abs(small.test.pixels[3, 1 * 4 + 2] - expected).max() <= 0.5

@@ -122,7 +122,9 @@ def reproduce(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Of figures of trained models: a directory, packaged checkpoint or hub id (repeatable)."),
+        typer.Option(
+            help="Trained models: figure2 asks them instead of its own, pixels attacks them beside its own (repeatable); with all, ITEM=MODEL."
+        ),
     ] = None,
     out: Out = None,
     json: Json = False,

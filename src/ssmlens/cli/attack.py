@@ -1,8 +1,5 @@
 """`ssmlens attack CHECKPOINT [CHECKPOINT ...] --images SOURCE`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +19,22 @@ def run(
     sizes = tuple(sorted({_epsilon(text) for text in epsilons or EPSILONS}))
 
     from ssmlens.cli import devices
-    from ssmlens.cli.images import read_as_trained
     from ssmlens.cli.output import directory, finish
     from ssmlens.experiments import pixels_attack
-    from ssmlens.experiments.pixels import chosen
-    from ssmlens.experiments.pixels_measure import Predictions, measure
-    from ssmlens.experiments.pixels_runs import Runs
-    from ssmlens.lens.store import fingerprint
-    from ssmlens.models.pretrained import load
+    from ssmlens.experiments.pixels_images import chosen, fits, read_as_trained
+    from ssmlens.models.pretrained import load, tokens
 
-    on, names = devices.chosen(device), _names(checkpoints)
+    on, names = devices.chosen(device), tokens.names(checkpoints)
     images = chosen(read_as_trained(source, checkpoints, side), test=limit)
     models = {name: load(path) for name, path in zip(names, checkpoints, strict=True)}
     for name, model in models.items():
-        _fits(name, model, images)
+        fits(name, model, images)
     plan = _plan(images, kinds or list(KINDS), regions, targets, sizes, steps, draws, gradient_limit, seed)
     where = directory(out, "attack")
-    identity = {"images": {"name": images.name, "sha256": images.sha256}}
-    found: dict[str, Runs] = {}
-    with _bar(not json, len(models) * plan.work(len(images.test))) as advance:
-        for i, (name, model) in enumerate(models.items(), 1):
-            own = {**identity, "model": fingerprint(model), "plan": asdict(plan)}
-            store = Predictions(where / "measured" / f"{i}.json", own, resume)
-            measure(
-                model.to(on), images.test.pixels, images.test.labels, plan, store, batch_size=batch_size, advance=advance
-            )  # fmt: skip
-            found[name] = Runs.of(name, images.test.labels, [store.found], [store.losses])
-            model.cpu()
-    record = pixels_attack.record(
-        found, images, plan, identity | {"models": {n: fingerprint(m) for n, m in models.items()}}
-    )
-    finish(record, where, json)
+    found = pixels_attack.measured(
+        models, images, plan, where / "measured", resume=resume, progress=not json, device=on, batch_size=batch_size
+    )  # fmt: skip
+    finish(pixels_attack.record(found, images, plan, pixels_attack.identity(models, images)), where, json)
 
 
 def _epsilon(text: str) -> float:
@@ -69,42 +51,12 @@ def _epsilon(text: str) -> float:
     return value
 
 
-def _names(checkpoints: list[str]) -> list[str]:
-    """Short names for the page. Trained models lie in RUN/model, where it is the run that tells them apart."""
-    from ssmlens.models.pretrained import tokens
-
-    return tokens.names(
-        [str(Path(c).resolve().parent) if Path(c).resolve().name == "model" else c for c in checkpoints]
-    )
-
-
-def _fits(name: str, model: Any, images: Any) -> None:
-    from ssmlens.models import Classifier
-
-    if not isinstance(model, Classifier):
-        raise UserError(f"{name} is no classifier of images (`ssmlens needle` and `diagnose` are for language models)")
-    a = model.config.architecture
-    if a.d_input != images.channels:
-        raise UserError(f"{name} reads pixels of {a.d_input} channels, {images.name} has {images.channels}")
-    if len(images.classes) > 255:
-        raise UserError(
-            f"{images.name} has {len(images.classes)} classes; attack keeps its predictions in a byte: at most 255"
-        )
-    if a.n_classes != len(images.classes):
-        raise UserError(f"{name} knows {a.n_classes} classes, {images.name} has {len(images.classes)}")
-    tokens = images.length + (a.pooling == "class_token")
-    if a.positions is not None and a.positions < tokens:
-        raise UserError(
-            f"{name} has positions for {a.positions} tokens, images of {images.height} × {images.width} pixels are {tokens}: make them smaller (--side)"
-        )
-
-
 def _plan(
     images: Any, kinds: list[str], regions: list[str], targets: list[str], epsilons: tuple[float, ...], steps: int, draws: int,
     gradient_limit: int, seed: int,
 ) -> Any:  # fmt: skip
-    from ssmlens.experiments.pixels import scaled_regions
     from ssmlens.experiments.pixels_measure import Plan
+    from ssmlens.experiments.pixels_models import scaled_regions
     from ssmlens.tasks.pixels import Region
 
     own = tuple(dict.fromkeys(Region.parse(r, images.length) for r in regions))
@@ -118,15 +70,3 @@ def _plan(
         classes=tuple(known[t] for t in dict.fromkeys(targets)) or tuple(known.values()), gradient=(own or gradient) if "pgd" in kinds else (),
         epsilons=epsilons, steps=steps, images=gradient_limit, hardest=True, seed=seed,
     )  # fmt: skip
-
-
-@contextmanager
-def _bar(shown: bool, total: float) -> Iterator[Callable[[float], None]]:
-    from ssmlens.progress import bars
-
-    if not shown:
-        yield lambda passes: None
-        return
-    with bars("{task.percentage:>3.0f}%") as progress:
-        task = progress.add_task("attack", total=total)
-        yield lambda passes: progress.advance(task, passes)

@@ -84,7 +84,7 @@ def _images(
     models: dict[str, Any], paths: list[str], source: str, side: int | None, sequences: int
 ) -> tuple[Any, dict[str, Any]]:
     """Test images, as many of each class as of the others, in [0, 1]."""
-    from ssmlens.cli.images import read_as_trained
+    from ssmlens.experiments.pixels_images import read_as_trained
     from ssmlens.tasks.images import balanced_order, to_unit
 
     found = read_as_trained(source, paths, side)

@@ -41,8 +41,8 @@ def run(
     json: bool,
 ) -> None:
     from ssmlens.cli import devices
-    from ssmlens.cli.images import read_as_trained
     from ssmlens.cli.output import directory, finish
+    from ssmlens.experiments.pixels_images import read_as_trained
     from ssmlens.models import Classifier
     from ssmlens.models.pretrained import load
     from ssmlens.models.pretrained.tokens import names

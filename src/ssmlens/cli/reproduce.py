@@ -1,6 +1,7 @@
 """`ssmlens reproduce ITEM`, and `ssmlens reproduce all`: every item, each in a directory of its own, and one page over them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,55 +24,63 @@ def run(
 
     chosen = None if item == ALL else find(item)
     choose("scale", scale, SCALES if chosen is None else chosen.scales)
-    if chosen is None and (variants or models):
-        raise UserError(f"--{'variant' if variants else 'model'} belongs to one item, not to all of them")
+    if chosen is None and variants:
+        raise UserError("--variant belongs to one item, not to all of them")
     for variant in variants or ():
         assert chosen is not None
         choose("variant", variant, chosen.variants)
-    sources = _sources(data or [], chosen)
-    if models and chosen is not None and "model" not in chosen.takes:
-        raise UserError(f"{chosen.name} has its own model: leave --model away")
+    sources, trained = _of_items("data", data or [], chosen), _of_items("model", models or [], chosen)
     where = directory(out, f"{item if chosen is None else chosen.name}-{scale}")
     if processes is None:  # a smoke run is shorter than the start of a process
         processes = 0 if scale == "smoke" else _workers()
     request = Request(
         scale=scale, out=where, variants=tuple(dict.fromkeys(variants)) if variants else None, seeds=seeds, resume=resume,
-        processes=processes, progress=not json, models=tuple(dict.fromkeys(models)) if models else None,
+        processes=processes, progress=not json,
     )  # fmt: skip
+
+    def asked(name: str) -> Request:
+        return replace(
+            request, data=",".join(sources[name]) if name in sources else None, models=tuple(trained[name]) if name in trained else None
+        )  # fmt: skip
+
     if chosen is None:
-        _all(request, sources, json)
+        _all(request, asked, json)
     else:
         try:
-            made = chosen.run(replace(request, data=sources.get(chosen.name)))
+            made = chosen.run(asked(chosen.name))
         except Stopped as stopped:
             finish(stopped.record, where, json)
             raise
         finish(made, where, json)
 
 
-def _sources(given: list[str], chosen: "Item | None") -> dict[str, str]:
-    """--data by item. Raises UserError for items that have their own."""
+def _of_items(option: str, given: list[str], chosen: "Item | None") -> dict[str, list[str]]:
+    """What --data or --model gives, by item. Raises UserError for items that have their own."""
     from ssmlens.experiments import find
 
     if chosen is not None:
-        if given and "data" not in chosen.takes:
-            raise UserError(f"{chosen.name} has its own data: leave --data away")
-        return {chosen.name: ",".join(given)} if given else {}
-    sources: dict[str, str] = {}
+        if given and option not in chosen.takes:
+            raise UserError(f"{chosen.name} has its own {option}: leave --{option} away")
+        return {chosen.name: list(dict.fromkeys(given))} if given else {}
+    found: dict[str, list[str]] = {}
     for part in given:
-        name, found, source = part.partition("=")
-        if not found:
-            raise UserError(f"with several items --data says which it is for: --data pixels=SOURCE, not --data {part}")
+        name, equals, source = part.partition("=")
+        if not equals:
+            example = "pixels=SOURCE" if option == "data" else "pixels=CHECKPOINT"
+            raise UserError(
+                f"with several items --{option} says which it is for: --{option} {example}, not --{option} {part}"
+            )
         of = find(name)
-        if "data" not in of.takes:
-            raise UserError(f"{of.name} has its own data: leave --data {part} away")
+        if option not in of.takes:
+            raise UserError(f"{of.name} has its own {option}: leave --{option} {part} away")
         if not source:
-            raise UserError(f"--data {part} names no source")
-        sources[of.name] = f"{sources[of.name]},{source}" if of.name in sources else source
-    return sources
+            raise UserError(f"--{option} {part} names no {'source' if option == 'data' else 'model'}")
+        if source not in (there := found.setdefault(of.name, [])):
+            there.append(source)
+    return found
 
 
-def _all(request: "Request", sources: dict[str, str], json: bool) -> None:
+def _all(request: "Request", asked: Callable[[str], "Request"], json: bool) -> None:
     """Items that cannot run are named at the end; the others are not kept waiting by them. Raises UserError then."""
     from ssmlens.cli.output import finish, write
     from ssmlens.experiments import ITEMS, overview
@@ -86,7 +95,7 @@ def _all(request: "Request", sources: dict[str, str], json: bool) -> None:
         work = request.out / (item.group or name)
         resume = request.resume or (item.group is not None and item.group in records)
         try:
-            records[name] = item.run(replace(request, out=work, data=sources.get(name), resume=resume))
+            records[name] = item.run(replace(asked(name), out=work, resume=resume))
             write(records[name], request.out / name)
         except Stopped as stopped:
             write(stopped.record, request.out / name)

@@ -18,7 +18,7 @@ class Request:
     """How an item is to be run. variants, seeds: None for the scale's own. processes: runs at a time.
 
     data: what to read instead of the item's own text or images: paths with commas between, or `datasets:NAME` of the hub.
-    models: trained models to measure instead of the scale's own: directories, packaged checkpoints or hub ids."""
+    models: trained models to measure, instead of the scale's own or beside them: directories, packaged checkpoints, files or hub ids."""
 
     scale: str
     out: Path

@@ -3,6 +3,7 @@
 One set of runs and one page for all of them: a run trains a classifier (pixels_models.py) and measures everything on it (pixels_measure.py).
 
     DIR/images/KEY.images    the images, as small and as many as the scale has them        DIR/runs/ID/model    the trained classifier
+    DIR/trained/KEY.json     what classifiers trained elsewhere (`--model`) answer
 """
 
 import json
@@ -10,32 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ssmlens.errors import UserError
-from ssmlens.experiments import pixels_measure, pixels_record
+from ssmlens.experiments import pixels_measure, pixels_record, pixels_trained
 from ssmlens.experiments.base import Item, Request, choose
-from ssmlens.experiments.pixels_measure import Plan, Predictions
-from ssmlens.experiments.pixels_models import (
-    GRADIENT_WIDTH,
-    PAPER_REGIONS,
-    SCALES,
-    TARGET_WIDTHS,
-    Model,
-    Scale,
-    build,
-    classifier,
-    names,
-    training,
-)
+from ssmlens.experiments.pixels_images import chosen, shrunk
+from ssmlens.experiments.pixels_measure import Predictions
+from ssmlens.experiments.pixels_models import SCALES, Model, Scale, build, classifier, names, plan, training
 from ssmlens.experiments.pixels_runs import Runs
-from ssmlens.experiments.recall import PAPER_LENGTH
 from ssmlens.results import Record
-from ssmlens.tasks.images import ImageConfig, ImageSet, ImageStream, Split, balanced_order, digits, read
-from ssmlens.tasks.images.base import assembled
+from ssmlens.tasks.images import ImageConfig, ImageSet, ImageStream, digits, read
 from ssmlens.tasks.images.store import read as read_store
 from ssmlens.tasks.images.store import write as write_store
-from ssmlens.tasks.pixels import Region, positions
 from ssmlens.training import sweep, sweep_provenance, train
 from ssmlens.training.schedulers import Report
 
@@ -48,6 +34,7 @@ def run(request: Request) -> Record:
     models = [Model.of(name) for name in request.variants or scale.models]
     seeds = {m.name: list(range(request.seeds or scale.models.get(m.name, 1))) for m in models}
     images = prepared(scale, request)
+    elsewhere = pixels_trained.opened(request.models or (), request.data or "digits", scale)
     known = {"name": images.name, "sha256": images.sha256}
     sizes = {k: v for k, v in asdict(scale).items() if k != "models"}
     jobs = [
@@ -63,10 +50,14 @@ def run(request: Request) -> Record:
     for m in models:
         of = [results[_id(m, s)] for s in seeds[m.name]]
         found[m.name] = Runs.of(m.label, labels, [pixels_measure.unpacked(r) for r in of], [r["losses"] for r in of])
-    return pixels_record.record(
+    record = pixels_record.record(
         request.scale, images, found, {m.name: [results[_id(m, s)] for s in seeds[m.name]] for m in models},
         plan(scale, images), sweep_provenance(request.out, results),
     )  # fmt: skip
+    for group in elsewhere:
+        measured = pixels_trained.measured(group, request.out / "trained", request.progress)
+        record = pixels_trained.beside(record, group, measured)
+    return record
 
 
 def _id(model: Model, seed: int) -> str:
@@ -87,59 +78,8 @@ def prepared(scale: Scale, request: Request) -> ImageSet:
     return images
 
 
-def chosen(images: ImageSet, train: int | None = None, test: int | None = None) -> ImageSet:
-    """The first so many images in an order that is balanced over classes; None: all, in that order."""
-    splits = []
-    for split, wanted in ((images.train, train), (images.test, test)):
-        first = balanced_order(split.labels)[:wanted]
-        splits.append(Split(np.ascontiguousarray(split.pixels[first]), split.labels[first]))
-    return assembled(images.name, images.classes, (images.height, images.width, images.channels), *splits)
-
-
 def _place(out: Path, sha256: str) -> Path:
     return out / "images" / f"{sha256[:32]}.images"
-
-
-def shrunk(images: ImageSet, side: int) -> ImageSet:
-    """Averaged over squares of pixels, down to side × side. Raises UserError where that does not go up."""
-    if images.height == images.width == side:
-        return images
-    if images.height != images.width or images.height % side:
-        raise UserError(
-            f"{images.name} has images of {images.height} × {images.width} pixels, which squares do not take to {side} × {side}: "
-            f"give images of a multiple of {side}, as CIFAR-10's 32 × 32"
-        )
-    factor = images.height // side
-
-    def smaller(split: Split) -> Split:
-        done = [
-            np.rint(part.reshape(len(part), side, factor, side, factor, -1).mean((2, 4))).astype(np.uint8)
-            for part in np.array_split(split.pixels, max(1, len(split) // 1000))
-        ]
-        return Split(np.concatenate(done).reshape(len(split), side * side, -1), split.labels)
-
-    return assembled(
-        images.name, images.classes, (side, side, images.channels), smaller(images.train), smaller(images.test)
-    )
-
-
-def scaled_regions(n: int) -> tuple[tuple[Region, ...], tuple[Region, ...], tuple[Region, ...]]:
-    """The paper's regions, in proportion, in a sequence of n: of noise, of the target attack; and those of the gradient attack, which are ours."""
-
-    def sides(width: int) -> tuple[Region, ...]:
-        return tuple(positions(Region(0, width).scaled(n, PAPER_LENGTH).width, n).values())
-
-    noise = dict.fromkeys(Region.parse(r, PAPER_LENGTH).scaled(n, PAPER_LENGTH) for r in PAPER_REGIONS)
-    return tuple(noise), tuple(r for w in TARGET_WIDTHS for r in sides(w)), sides(GRADIENT_WIDTH)
-
-
-def plan(scale: Scale, images: ImageSet) -> Plan:
-    """What is measured of every classifier."""
-    noise, target, gradient = scaled_regions(images.length)
-    return Plan(
-        noise=noise, draws=scale.draws, target=target, classes=tuple(range(len(images.classes))), gradient=gradient, epsilons=scale.epsilons,
-        steps=scale.steps, images=scale.attacked, queries=scale.queries, hardest=True,
-    )  # fmt: skip
 
 
 def streamed(scale: Scale, seed: int, images: ImageSet) -> ImageStream:
@@ -212,5 +152,5 @@ def _save(net: Any, directory: Path, side: int) -> None:
 ITEM = Item(
     name="pixels", title="classifiers of pixel sequences: a region corrupted, target attack, gradient attack",
     source="Tables 1 and 3, Figures 3 and 10", scales=tuple(SCALES), variants=names(), run=run, aliases=("table1", "table3", "figure3", "figure10"),
-    takes=("data",),
+    takes=("data", "model"),
 )  # fmt: skip

@@ -16,10 +16,12 @@ from jaxtyping import UInt8
 
 from ssmlens import mixers
 from ssmlens.configuration import Config
+from ssmlens.experiments.pixels_measure import Plan
 from ssmlens.experiments.recall import DT_RANGE, PAPER_LENGTH
 from ssmlens.mixers.rwkv4 import RWKV4
 from ssmlens.models import Classifier, ClassifierConfig
 from ssmlens.tasks.images import ImageSet
+from ssmlens.tasks.pixels import Region, positions
 from ssmlens.training import TrainConfig
 
 PAPER_REGIONS = ("992:1024", "0:32", "928:1024", "0:96", "1014:1024", "0:10", "768:1024", "0:256", "512:544", "480:576")
@@ -118,6 +120,25 @@ SCALES = {
         models={**dict.fromkeys(_LAPTOP, 3), "mamba-mean": 1},
     ),
 }  # fmt: skip
+
+
+def scaled_regions(n: int) -> tuple[tuple[Region, ...], tuple[Region, ...], tuple[Region, ...]]:
+    """The paper's regions, in proportion, in a sequence of n: of noise, of the target attack; and those of the gradient attack, which are ours."""
+
+    def sides(width: int) -> tuple[Region, ...]:
+        return tuple(positions(Region(0, width).scaled(n, PAPER_LENGTH).width, n).values())
+
+    noise = dict.fromkeys(Region.parse(r, PAPER_LENGTH).scaled(n, PAPER_LENGTH) for r in PAPER_REGIONS)
+    return tuple(noise), tuple(r for w in TARGET_WIDTHS for r in sides(w)), sides(GRADIENT_WIDTH)
+
+
+def plan(scale: Scale, images: ImageSet) -> Plan:
+    """What is measured of every classifier."""
+    noise, target, gradient = scaled_regions(images.length)
+    return Plan(
+        noise=noise, draws=scale.draws, target=target, classes=tuple(range(len(images.classes))), gradient=gradient, epsilons=scale.epsilons,
+        steps=scale.steps, images=scale.attacked, queries=scale.queries, hardest=True,
+    )  # fmt: skip
 
 
 def classifier(scale: Scale, model: Model, images: ImageSet) -> ClassifierConfig:
