@@ -178,8 +178,10 @@ def _sentences(
     comparable = sum(said.outcome != "not comparable" for said in says.values())
     out = [
         f"{len(sure)} of {comparable} comparable factors change what polarization adds, averaged over both ends (Holm, 5 %)"
-        f"{': ' + ', '.join(sure) if sure else ''}. {len(words) - comparable} of {len(words)} factors cannot be compared so."
+        f"{': ' + ', '.join(sure) if sure else ''}."
     ]
+    if comparable < len(words):
+        out[0] += f" {len(words) - comparable} of {len(words)} factors cannot be compared so."
     for base, gain in ends.items():
         if gain.value is None:
             continue
