@@ -84,9 +84,10 @@ def test_the_factors_are_all_that_the_ends_differ_in(scale):
 def test_what_matters_most_is_run_first():
     grid = parts("laptop")
     runs = in_order(grid)
-    assert len(set(runs)) == len(runs) == sum(p.seeds * len(p.cells) for p in grid.values())
-    first = {cell.id for name in ("corners", "factors") for cell in grid[name].cells}
-    among = [cell.id in first for cell, _ in runs]
+    assert len(set(runs)) == len(runs)
+    assert set(runs) == {(cell, seed) for p in grid.values() for cell in p.cells for seed in range(p.seeds)}
+    first = {cell.id: grid[name].seeds for name in ("corners", "factors") for cell in grid[name].cells}
+    among = [seed < first.get(cell.id, 0) for cell, seed in runs]
     assert among == sorted(among, reverse=True)
     seeds = [seed for (_, seed), there in zip(runs, among, strict=True) if there]
     assert seeds == sorted(seeds)
@@ -193,7 +194,10 @@ def test_runs_that_find_it_by_chance_make_no_effect():
     assert made.verdict[0].startswith("0 of ")
     assert _table(made, "factors").rows[0][5] == "not reproduced here"
     counts = [row[4] for row in _table(made, "factors-runs").rows]
-    assert {c.split()[2] for c in counts} == {"5"}
+    assert [c.split()[2] for c in counts].count("15") == 3, (
+        "corrected, with Δ as in the released code, with its zero (the same default)"
+    )
+    assert {c.split()[2] for c in counts} == {"5", "15"}
     assert len(set(counts)) > 1
     for row in _table(made, "factors-runs").rows:
         if row[7]:
@@ -220,6 +224,7 @@ def test_where_it_begins_to_pay():
     distance = recall.recall_distance(recall.SCALES["laptop"])
     at = float(said.split("recall distance of ")[1].split()[0])
     assert at == pytest.approx(distance * start * 2**0.25, rel=0.1)
+    assert "15 seeds of default and both, 5 of one channel" in _table(made, "half-life").method
     rows = _table(made, "half-life").rows
     assert [row[0] for row in rows][-1] == "corrected+dt"
     assert rows[-1][3] == pytest.approx(distance, rel=1e-6), "Δ = ln 2: a half-life of one token"
@@ -295,8 +300,8 @@ def test_a_record_of_what_is_finished():
         lambda cell, seed: 0.7 + _noise(cell, seed), keep=lambda name: name.endswith("seed0") and ",dt" not in name
     )
     assert not made.complete
-    assert "corrected,dt4-default-2 (0 of 5)" in made.notes[0]
-    assert "corrected-default-2 (1 of 5)" in made.notes[0]
+    assert "corrected,dt4-default-2 (0 of 15)" in made.notes[0]
+    assert "corrected-default-2 (1 of 15)" in made.notes[0]
     assert "too few runs" in _said(made, "both, 2 layers:")
     assert _made(lambda cell, seed: 0.7, "paper", lambda name: name == "corrected-default-2-seed0").complete is False
 

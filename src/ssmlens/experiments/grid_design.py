@@ -10,6 +10,7 @@ Parts, each a list of cells (variant, configuration, length, learning rate) with
     rates      a third of the learning rate and three times it, default and both, 2 layers
     half-life  corrected, with Δ's initial range scaled up, so that a sequence is more half-lives long: default, one, both, 2 layers
     length     a longer sequence: released, corrected and rescaled, default and both, 2 layers
+    more seeds default and both at every half-life again: five seeds leave gains of ten points undecided there
 
 The design is fractional: factors are changed one at a time, from both ends, so it shows what each adds to the gain where the others are as
 in the corrected or as in the released variant, not how two of them act together elsewhere.
@@ -116,7 +117,7 @@ def parts(scale_name: str) -> dict[str, Part]:
     def cells(variants: list[str], configurations: list[str], **options: Any) -> tuple[Cell, ...]:
         return tuple(Cell(v, c, **options) for v in variants for c in configurations)
 
-    pair = ["default-2", "both-2"]
+    pair, halved = ["default-2", "both-2"], [f"corrected,dt{f}" for f in (4, 16, 64)]
     steps = [
         f"{base}{sign}{short}" for base, sign in (("corrected", "+"), ("released", "-")) for short in factors(scale)
     ]
@@ -130,6 +131,7 @@ def parts(scale_name: str) -> dict[str, Part]:
     return found | {
         "mode": Part(few, cells(["corrected,replace", "released,replace"], ["one-2", "zero-2", "both-2"])),
         "rates": Part(few, tuple(c for rate in (1 / 3, 3.0) for c in cells(["corrected", "released"], pair, rate=rate))),
-        "half-life": Part(seeds, cells([f"corrected,dt{f}" for f in (4, 16, 64)], ["default-2", "one-2", "both-2"])),
+        "half-life": Part(seeds, cells(halved, ["default-2", "one-2", "both-2"])),
         "length": Part(few, cells(["corrected", "released", "rescaled"], pair, length=4 * scale.length)),
+        "more seeds": Part(3 * seeds if scale_name == "laptop" else seeds, cells(["corrected", *halved, "corrected+dt"], pair)),
     }  # fmt: skip

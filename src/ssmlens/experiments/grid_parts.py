@@ -52,7 +52,7 @@ def half_lives(scale: Scale, grid: Grid, found: Found) -> Made:
         "so that its 1,024 tokens are about 1,000 of them, as in corrected+dt here; it has no number for other starts.",
         method=f"Length {scale.length}, mean distance from value to query {distance:.1f} tokens. Δ's initial range is scaled, by no more than "
         f"makes its upper end 0.8, so it is narrower than Mamba's in {', '.join(capped) or 'none'}. In corrected+dt Δ starts at 0.69 "
-        "everywhere, without a spread.",
+        f"everywhere, without a spread.{_added(grid, found)}",
     ))  # fmt: skip
     series = []
     for c in ("one-2", "both-2"):
@@ -77,6 +77,13 @@ def half_lives(scale: Scale, grid: Grid, found: Found) -> Made:
             f"channels add {interval(gain.value)}: {said.words}."
         )  # fmt: skip
     return made
+
+
+def _added(grid: Grid, found: Found) -> str:
+    few, many = grid["half-life"].seeds, max(found.seeds[cell.id] for cell in grid["half-life"].cells)
+    if many == few:
+        return ""
+    return f" {many} seeds of default and both, {few} of one channel: those beyond {few} were added to the design when the first {few} had been seen."
 
 
 def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, at: float) -> float:
