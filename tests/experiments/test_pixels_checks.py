@@ -48,8 +48,10 @@ def test_the_learning_curve_is_of_images_that_are_neither_trained_on_nor_tested(
     assert SCALES["paper"].validation_images == 0
 
 
-def test_the_laptop_has_three_seeds_of_every_model():
-    assert set(SCALES["laptop"].models.values()) == {3}
+def test_the_laptop_has_more_seeds_of_the_main_claim():
+    seeds = SCALES["laptop"].models
+    assert min(seeds.values()) == 3
+    assert {name for name, n in seeds.items() if n == 5} == {"mamba", "mamba-polarized", "mamba-mean", "attention"}
 
 
 # ---- statistics

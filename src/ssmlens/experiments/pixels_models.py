@@ -103,6 +103,7 @@ class Scale:
 
 _SMOKE = ("mamba", "mamba-polarized", "attention")
 _LAPTOP = ("mamba", "mamba-polarized", "h3", "h3-polarized", "rwkv4", "rwkv4-polarized", "attention")
+_MAIN_CLAIM = ("mamba", "mamba-polarized", "attention", "mamba-mean")  # three seeds left it at the edge of chance
 
 SCALES = {
     "smoke": Scale(
@@ -112,7 +113,7 @@ SCALES = {
     "laptop": Scale(
         side=16, d_model=32, d_state=64, layers=3, train_images=40_000, validation_images=1000, test_images=1000, epochs=3, batch_size=64, lr=5e-3,
         warmup_steps=100, clip=1.0, schedule="cosine", draws=2, attacked=200, steps=10, queries=100, epsilons=(4 / 255, 16 / 255, 64 / 255),
-        models={**dict.fromkeys(_LAPTOP, 3), "mamba-mean": 3},
+        models={**dict.fromkeys(_LAPTOP, 3), **dict.fromkeys(_MAIN_CLAIM, 5)},
     ),
     "paper": Scale(
         side=32, d_model=32, d_state=64, layers=3, train_images=None, validation_images=0, test_images=None, epochs=100, batch_size=64, lr=1e-3,

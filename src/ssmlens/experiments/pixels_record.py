@@ -123,6 +123,11 @@ def _notes(scale_name: str, scale: Scale, images: ImageSet, results: Results) ->
             "One learning rate for all models, as in the paper, but 5 times the paper's because training is 30 times shorter; set "
             "beforehand, not tuned. A model that needs another may lose by it."
         )
+        if {m: len(runs) for m, runs in results.items()} == scale.models:
+            notes.append(
+                "Five seeds of the models that the paper's main claim is asked of, three of the others: with three of each the claim was at the edge of "
+                "chance, and the fourth and fifth were added when the first three had been seen."
+            )
     if scale_name != "paper":
         notes.append(
             f"Shorter than the paper's {PAPER_LENGTH:,} pixels: regions are the same shares of the sequence, and a sequence is as many half-lives long: "
