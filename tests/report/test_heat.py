@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssmlens.report import canvas, cells, heat, plots, theme
-from ssmlens.results import Map, Panel
+from ssmlens.report import canvas, cells, heat, live, plots, theme
+from ssmlens.results import Figure, Map, Panel, Series
 
 NAN = math.nan
 
@@ -234,3 +234,28 @@ def test_a_repacked_image_is_the_same_image():
     seen = np.asarray(panel.convert("RGBA"))
     wanted = heat.image(m, 0, heat.scale(m))
     assert any(np.array_equal(seen[::step], wanted) for step in (1, -1))
+
+
+def test_a_panel_has_the_marker_of_its_groups_curves():
+    groups = ["the paper", *(f"g{i}" for i in range(8))]
+    m = made([[0.0, 1.0]])
+    m = m.model_copy(update={"panels": [Panel(name=g, values=[[0.0, 1.0]], group=g) for g in [*groups, ""]]})
+    panels = heat.spec(m, groups)["panels"]
+    drawn = Figure(
+        id="f",
+        title="f",
+        x_label="x",
+        y_label="y",
+        series=[Series(name=g, x=[0.0, 1.0], y=[0.0, 1.0], group=g) for g in groups],
+    )
+    looks = live.spec(drawn, groups, 600)["series"]
+    assert [(p["colour"], p["marker"], p["hollow"]) for p in panels[1:-1]] == [
+        (c["colour"], c["marker"], c["hollow"]) for c in looks[1:]
+    ]
+    assert len({(p["colour"], p["marker"]) for p in panels[1:-1]}) == 8
+    assert "colour" not in panels[0]
+    assert "colour" not in panels[-1]
+    key = live.key([drawn, drawn], groups)
+    assert [(k["marker"], k["hollow"], k["dashes"]) for k in key] == [
+        (c["marker"], c["hollow"], c["dashes"]) for c in looks[1:]
+    ]

@@ -134,7 +134,8 @@ def change_table(found: Found, sides: Sequence[Sides]) -> Table:
 
 
 def sentences(found: Found, s: Sides, classes: int) -> list[str]:
-    """For each model, whether noise in the trailing pixels costs more than in as many leading ones; then what polarization changes."""
+    """Whether noise in the trailing pixels costs more than in as many leading ones: of the first model, then what polarization or mean pooling changes,
+    then of the others."""
     values = {name: runs.asymmetry(s.trailing, s.leading) for name, runs in found.items() if comparable(runs, classes)}
     may = corrected(values)
     out = []
@@ -163,7 +164,7 @@ def sentences(found: Found, s: Sides, classes: int) -> list[str]:
         name: (runs, plain, between(*(100 * (r.noise(s.leading) - r.noise(s.trailing)) for r in (runs, plain))))
         for name, runs, plain in changes({name: found[name] for name in values})
     }
-    may = corrected({name: change for name, (*_, change) in pairs.items()})
+    may, changed = corrected({name: change for name, (*_, change) in pairs.items()}), []
     for name, (runs, plain, change) in pairs.items():
         less = f"{'more' if change.value > 0 else 'less'} recency"
         says = {
@@ -171,8 +172,8 @@ def sentences(found: Found, s: Sides, classes: int) -> list[str]:
             "alone": f"{less}, it seems (alone it would count, among {len(pairs)} changes it may be chance)",
             "no": "no change that can be told",
         }[may[name]]
-        out.append(f"{runs.name}, against {plain.name}: trailing minus leading changes by {words(change)}: {says}.")
-    return out
+        changed.append(f"{runs.name}, against {plain.name}: trailing minus leading changes by {words(change)}: {says}.")
+    return out[:1] + changed + out[1:]
 
 
 def worst(found: Found, regions: Sequence[Region]) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -112,6 +112,24 @@ def is_reference(group: str) -> bool:
     return group.lower() in ("paper", "the paper")
 
 
+class Look(NamedTuple):
+    """Of a group. again: how often all colours were given before; dashes change then, and markers are hollow every second time."""
+
+    colour: str
+    marker: str
+    again: int
+
+    @property
+    def hollow(self) -> bool:
+        return self.again % 2 == 1
+
+    @classmethod
+    def at(cls, place: int) -> Look:
+        """Of the group at this place among all of a record."""
+        again = place // len(SERIES_LIGHT)
+        return cls(SERIES_LIGHT[place % len(SERIES_LIGHT)], MARKERS[(place + again) % len(MARKERS)], again)
+
+
 def colour_order(figure: Figure, groups: Sequence[str]) -> dict[str, int]:
     """The index of the colour of each group in the figure.
 
@@ -161,8 +179,7 @@ def prepare(figure: Figure, groups: Sequence[str], points: int) -> list[Curve]:
         elif s.style == "points" and data.is_category(figure):
             shift = (scattered.index(j) - (len(scattered) - 1) / 2) * min(0.14, 0.6 / len(scattered))
         low, high = _band(s)
-        # More groups than colours: the colours come again, with other dashes.
-        lap = group // len(SERIES_LIGHT)
+        colour, marker, again = Look.at(group)
         curves.append(
             Curve(
                 name=text.clean(s.name),
@@ -173,10 +190,10 @@ def prepare(figure: Figure, groups: Sequence[str], points: int) -> list[Curve]:
                 high=None if high is None else high[at],
                 at=at,
                 shift=shift,
-                colour=LIGHT["rule"] if grey else SERIES_LIGHT[group % len(SERIES_LIGHT)],
-                marker="X" if grey else MARKERS[(group + lap) % len(MARKERS)],
-                dashes=FIT_DASHES if s.style == "fit" else DASHES[(variant + lap) % len(DASHES)],
-                hollow=(variant + lap) % 2 == 1,
+                colour=LIGHT["rule"] if grey else colour,
+                marker="X" if grey else marker,
+                dashes=FIT_DASHES if s.style == "fit" else DASHES[(variant + again) % len(DASHES)],
+                hollow=(variant + again) % 2 == 1,
                 pale=s.style in ("line", "step") and group_of(s) in fitted,
                 bar_width=width,
                 log=log,

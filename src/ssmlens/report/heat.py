@@ -25,7 +25,7 @@ from ssmlens.report import canvas as paper
 from ssmlens.report import cells, curves, layout, live, text, ticks
 from ssmlens.report import svg as svg_text
 from ssmlens.report.canvas import LINE, SMALL, TITLE, WIDE, Format
-from ssmlens.report.theme import LIGHT, MARKERS, SERIES_LIGHT, STEPS, diverging
+from ssmlens.report.theme import LIGHT, SERIES_LIGHT, STEPS, diverging
 from ssmlens.results import Map
 
 LIGHT_WORDS, DARK_WORDS = "#fefefe", "#101010"  # on cells: not the page's colours, which change with the scheme
@@ -131,18 +131,23 @@ def spec(heat: Map, groups: Sequence[str]) -> dict[str, Any]:
                 "name": text.clean(p.name),
                 "values": live.pack(cells.values(p).ravel()),
                 "error": live.pack(np.asarray(p.stderr, dtype=float).ravel()) if p.stderr else None,
-                "colour": None if _place(p.group, groups) is None else f"s{_place(p.group, groups)}",
-                "marker": None if _place(p.group, groups) is None else MARKERS[_place(p.group, groups) or 0],
+                **_mark(_look(p.group, groups)),
             }
             for p in heat.panels
         ],
     }
 
 
-def _place(group: str, groups: Sequence[str]) -> int | None:
-    """Which colour and marker the group has; None: none."""
+def _look(group: str, groups: Sequence[str]) -> curves.Look | None:
+    """Of the marker before a panel's name: that of the group's curves in the same record."""
     known = [g for g in groups if not curves.is_reference(g)]
-    return known.index(group) % len(MARKERS) if group in known else None
+    return curves.Look.at(known.index(group)) if group in known else None
+
+
+def _mark(look: curves.Look | None) -> dict[str, Any]:
+    if look is None:
+        return {}
+    return {"colour": f"s{SERIES_LIGHT.index(look.colour)}", "marker": look.marker, "hollow": look.hollow}
 
 
 def describe(heat: Map) -> str:
@@ -199,12 +204,14 @@ def draw(heat: Map, form: Format, *, groups: Sequence[str], title: bool) -> tupl
         row, column = divmod(k, columns)
         x = edge + left + column * (width + gap)
         y = first + starts[row]
-        mark = _place(panel.group, groups)
-        sheet.lines(named[k], x + (0 if mark is None else 12), y, SMALL, "bold")
-        if mark is not None:
+        look = _look(panel.group, groups)
+        sheet.lines(named[k], x + (0 if look is None else 12), y, SMALL, "bold")
+        if look is not None:
             at = ([(x + 4) / form.width], [1 - (y + SMALL * 0.72) / total])
-            look = {"marker": MARKERS[mark], "color": SERIES_LIGHT[mark]}
-            canvas.add_artist(Line2D(*at, markersize=5, linestyle="none", **look))  # type: ignore[arg-type]
+            fill = LIGHT["surface"] if look.hollow else look.colour
+            canvas.add_artist(
+                Line2D(*at, markersize=5, linestyle="none", marker=look.marker, color=look.colour, markerfacecolor=fill)
+            )
         box = (x, y + captions[row], width, height)
         last = k + columns >= len(heat.panels)
         _panel(canvas, heat, k, colours, box, total, form.width, names_y if column == 0 else [], last, slanted, ruler)

@@ -42,7 +42,9 @@ def key(figures: Iterable[Figure], groups: Sequence[str]) -> list[dict[str, Any]
     for f in figures:
         for s, c in zip(f.series, curves.prepare(f, groups, 4), strict=True):
             if s.group not in looks and s.style != "fit":
-                looks[s.group] = {"name": text.clean(s.group), "colour": _variable(c.colour), "marker": c.marker}
+                looks[s.group] = {
+                    "name": text.clean(s.group), "style": "bar" if s.style == "bar" else "line", "colour": _variable(c.colour), "marker": c.marker, "dashes": list(c.dashes), "hollow": c.hollow,
+                }  # fmt: skip
     return [{**looks[g], "group": g} for g in shared if g in looks] if len(shared) > 1 else []
 
 

@@ -99,7 +99,7 @@ class HeatMap extends View {
     const { spec, svg } = this;
     let x = box.left;
     if (panel.colour) {
-      const mark = draw("path", { d: markerPath(panel.marker, x + 6, box.top + 4 - 15 * lines.length, 4.5), class: "filled" }, svg);
+      const mark = draw("path", { d: markerPath(panel.marker, x + 6, box.top + 4 - 15 * lines.length, 4.5), class: panel.hollow ? "hollow" : "filled" }, svg);
       mark.style.color = `var(--${panel.colour})`;
       x += 18;
     }

@@ -18,7 +18,7 @@ for (const article of document.querySelectorAll("article")) {
   for (const key of article.querySelectorAll(".key")) {
     JSON.parse(key.querySelector("script").textContent).legend.forEach((entry, i) => {
       const made = html("button", { type: "button", "aria-pressed": "true" }, key);
-      made.append(swatch({ ...entry, style: "line", marked: true, dashes: [] }), entry.name);
+      made.append(swatch({ ...entry, marked: entry.style !== "bar" }), entry.name);
       made.addEventListener("click", () => {
         const on = made.getAttribute("aria-pressed") !== "true";
         made.setAttribute("aria-pressed", String(on));
