@@ -170,6 +170,19 @@ def test_what_acts_together_is_left_over():
     assert effects["Δ's bias zeroed"] == pytest.approx([0, 20, 10], abs=0.5)
 
 
+def test_an_effect_that_only_one_end_shows_is_told_with_what_it_does_to_either_arm():
+    def accuracy(cell, seed):
+        low = _has(cell, "dt") and "default" in cell.configuration
+        noise = 0.8 if cell.variant.startswith("released") else 0.001
+        return 0.6 - 0.1 * low + _noise(cell, seed, noise)
+
+    made = _made(accuracy)
+    said = _said(made, "Δ's bias zeroed:")
+    assert "no difference that these seeds can show; from corrected alone by +10.0 points" in said
+    assert "(default 60.0 % without it and 50.0 % with it, both channels 60.0 % and 60.0 %)" in said
+    assert "alone" not in _said(made, "small first weights:")
+
+
 def test_where_nothing_is_learned_nothing_is_said():
     made = _made(lambda cell, seed: 0.15 + _noise(cell, seed) + 0.02 * ("both" in cell.configuration))
     assert made.verdict[0].startswith("0 of ")
@@ -224,7 +237,8 @@ def test_where_it_begins_to_pay():
     distance = recall.recall_distance(recall.SCALES["laptop"])
     at = float(said.split("recall distance of ")[1].split()[0])
     assert at == pytest.approx(distance * start * 2**0.25, rel=0.1)
-    assert "15 seeds of default and both, 5 of one channel" in _table(made, "half-life").method
+    assert any("15 seeds in the corrected variant at every half-life; those beyond 5" in note for note in made.notes)
+    assert "± 0.0 points at" in said
     rows = _table(made, "half-life").rows
     assert [row[0] for row in rows][-1] == "corrected+dt"
     assert rows[-1][3] == pytest.approx(distance, rel=1e-6), "Δ = ln 2: a half-life of one token"

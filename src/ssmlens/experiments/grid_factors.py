@@ -170,6 +170,21 @@ def _figure(
     )  # fmt: skip
 
 
+def _counts(change: Value) -> bool:
+    bounds = change.interval()
+    return bounds is not None and not bounds[0] <= 0 <= bounds[1]
+
+
+def _arms(change: Change) -> str:
+    """What having it does to either arm: a gain that comes of a default that falls is another than one of a polarized that rises."""
+    a, b = change.without, change.having
+    values = [arm.accuracy for arm in (a.default, b.default, a.polarized, b.polarized)]
+    if any(v is None for v in values):
+        return ""
+    before, after, *both = [f"{v.value:.1f}" for v in values if v]
+    return f" (default {before} % without it and {after} % with it, both channels {both[0]} % and {both[1]} %)"
+
+
 def _sentences(
     words: dict[str, str], ends: dict[str, Gain], effects: dict[tuple[str, str], Change], single: dict[str, Judged],
     pooled: dict[str, dict[int, float]], says: dict[str, Judged],
@@ -193,10 +208,10 @@ def _sentences(
     for f, said in says.items():
         value = Value.mean(pooled[f].values(), "points")
         text = f"{words[f]}: as in the released code it changes the gain by {interval(value)}: {said.words}"
-        for base in ENDS if said.outcome == "not comparable" else ():
+        for base in () if said.words in (MORE, LESS) else ENDS:
             alone, change = single[f"{base} {f}"], effects[base, f].value
-            if alone.outcome != "not comparable" and change:
-                text += f"; from {base} alone by {interval(change)}: {alone.words}"
+            if alone.outcome != "not comparable" and change and (said.outcome == "not comparable" or _counts(change)):
+                text += f"; from {base} alone by {interval(change)}: {alone.words}{_arms(effects[base, f])}"
         out.append(f"{text}.")
     if rest := _rest(ends, list(pooled.values())):
         out.append(f"The mean effects leave {interval(rest)} of released minus corrected unexplained.")

