@@ -22,7 +22,9 @@ def record(scale_name: str, grid: dict[str, Part], results: dict[str, Any], made
     parts = [factors_part(scale, found)]
     made_of = {"half-life": half_lives, "length": lengths, "mode": modes, "rates": rates}
     parts += [part(scale, grid, found) for name, part in made_of.items() if name in grid]
-    verdict = [sentence for part in parts for sentence in part.sentences]
+    said = [list(part.sentences) for part in parts]
+    short = said[0][:1]  # which factors; then from which half-life on, which is shorter than one factor after the other
+    verdict = short + [sentence for part in [*said[1:2], said[0][1:], *said[2:]] for sentence in part]
     if scale_name == "smoke":
         verdict = [
             "Smoke scale: this shows that every part runs. Nothing is learned in so few steps, so the numbers mean nothing."
@@ -91,13 +93,15 @@ def _every_run(scale: Scale, grid: dict[str, Part], found: Found) -> Figure:
     """Every run: a mean would hide that some have found the association and some have not."""
     cells = list(dict.fromkeys(cell for name in ("corners", "factors") for cell in grid[name].cells))
     arms = {f"{c.variant}, {c.configuration}": arm for c in cells if (arm := found.arm(c)).runs}
-    series = []
-    for seed in sorted({seed for arm in arms.values() for seed in arm.runs}):
-        there = {name: arm.scores[seed] for name, arm in arms.items() if seed in arm.runs}
-        series.append(Series(name=f"seed {seed}", x=list(there), y=list(there.values()), style="points"))
-    series.append(Series(
+    series = [Series(  # first: its x are the order of all
         name="guessing among the values in the sequence", x=list(arms), y=[100 * guessing(scale)] * len(arms), style="fit", group="paper",
-    ))  # fmt: skip
+    )]  # fmt: skip
+    for kind in ("default", "polarized"):
+        points = [
+            (n, y) for n, arm in arms.items() if (", default-" in n) == (kind == "default") for y in arm.scores.values()
+        ]
+        if points:
+            series.append(Series(name=kind, x=[n for n, _ in points], y=[y for _, y in points], style="points"))
     return Figure(
         id="every-run", title="Every run of the corners and factors", x_label="variant, configuration", y_label="average accuracy (%)",
         x_scale="category", series=series,
