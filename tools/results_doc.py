@@ -14,18 +14,18 @@ PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
 
 Made by `python tools/results_doc.py` from the records under `results/`; do not edit. Each directory there holds the record
-(`results.json`), its page (`report.html`) and its pictures. ± is one standard error; over what, each table says.
+(`results.json`), its page (`report.html`) and its pictures; `runs.jsonl`, where there is one, every run behind it. ± is one standard error; over what, each table says.
 """
 
 
 def page() -> str:
-    records = [(p.parent, Record.read(p)) for p in sorted((ROOT / "results").glob("*/results.json"))]
+    records = [(p.parent, Record.read(p)) for p in sorted((ROOT / "results").glob("**/results.json"))]
     return "\n".join([HEAD, *(section(directory, record) for directory, record in records)])
 
 
 def section(directory: Path, record: Record) -> str:
     p = record.provenance
-    where = f"../results/{directory.name}"
+    where = f"../{directory.relative_to(ROOT).as_posix()}"
     parts = [
         f"## {record.title}\n",
         *(f"- {sentence}" for sentence in record.verdict),

@@ -3,6 +3,7 @@ from dataclasses import asdict
 import pytest
 from typer.testing import CliRunner
 
+from ssmlens import files
 from ssmlens.cli.app import app
 from ssmlens.errors import UserError
 from ssmlens.experiments import ITEMS, overview
@@ -94,6 +95,28 @@ def test_all_runs_what_it_can_and_says_what_it_could_not(two_items, tmp_path):
     assert 'href="first/report.html"' in page
     assert [r.out.name for r in two_items] == ["first", "second", "first"]
     assert [r.resume for r in two_items] == [False, False, True], "the third goes on in the first one's directory"
+
+
+def test_a_published_page_stands_where_its_runs_are_elsewhere(two_items, tmp_path):
+    resumed = ["reproduce", "all", "--out", str(tmp_path), "--processes", "0", "--resume"]
+    finished = _record("second", [_claim("agrees")])
+    finished = finished.model_copy(update={"config": {**finished.config, "item": "second", "scale": "laptop"}})
+
+    def run(record, *more):
+        files.write(tmp_path / "second" / "results.json", record.to_json())
+        two_items.clear()
+        done = CliRunner().invoke(app, [*resumed, *more])
+        return done.exit_code == 0, "second" in [r.out.name for r in two_items]
+
+    assert run(finished) == (True, False), "kept, though there are no images to make it of"
+    assert "Title of second" in (tmp_path / "second" / "report.html").read_text()
+    assert Record.read(tmp_path / "second" / "results.json").provenance == finished.provenance
+    assert run(finished, "--data", "second=x") == (True, True)
+    assert run(finished, "--seeds", "3") == (False, True)
+    assert run(finished.model_copy(update={"complete": False})) == (False, True)
+    assert run(finished.model_copy(update={"config": {"item": "second", "scale": "smoke"}})) == (False, True)
+    (tmp_path / "second" / "runs").mkdir()
+    assert run(finished) == (False, True), "its runs are there: its page is made anew"
 
 
 def test_data_goes_to_its_item(two_items, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,46 @@ def test_more_or_fewer_seeds_keep_what_is_finished(tmp_path):
     assert sweep(seeds(1), tmp_path, worker, resume=True, **HERE) == {"seed0": first["seed0"]}
     assert sweep(seeds(4), tmp_path, worker, resume=True, **HERE) == more
     assert [starts(tmp_path, f"seed{i}") for i in range(4)] == [1, 1, 1, 1]
+
+
+def test_a_copy_goes_on_from_one_file(tmp_path):
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    made = sweep(JOBS, first, worker, keep=True, **HERE)
+    lines = (first / "runs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a", "b"]
+
+    copy.mkdir()
+    shutil.copy(first / "runs.jsonl", copy)
+    with pytest.raises(UserError, match="holds runs already"):
+        sweep(JOBS, copy, worker, **HERE)
+    jobs = [*JOBS, ("c", {"n": 3})]
+    more = sweep(jobs, copy, worker, resume=True, keep=True, **HERE)
+    assert {id_: more[id_] for id_ in made} == made
+    assert [starts(copy, id_) for id_ in "abc"] == [0, 0, 1]
+    assert sweep_provenance(copy, ["a"]) == sweep_provenance(first, ["a"])
+    assert len((copy / "runs.jsonl").read_text().splitlines()) == 3
+
+    sweep(JOBS[:1], copy, worker, resume=True, keep=True, **HERE)
+    assert len((copy / "runs.jsonl").read_text().splitlines()) == 3, "those of other jobs stay"
+    with pytest.raises(UserError, match="another configuration"):
+        sweep([("a", {"n": 2})], copy, worker, resume=True, **HERE)
+
+
+def test_a_stopped_sweep_has_its_finished_runs_in_the_file(tmp_path):
+    with pytest.raises(SweepError):
+        sweep([*JOBS, ("x", {"n": 1, "fail": "bug"})], tmp_path, worker, keep=True, **HERE)
+    assert [json.loads(line)["id"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "break_", [lambda s: s[:-20], lambda s: s.replace('"n": 1', '"n": 5'), lambda s: "[]\n", lambda s: "{}\n"]
+)
+def test_a_damaged_file_is_named(tmp_path, break_):
+    sweep(JOBS, tmp_path / "a", worker, keep=True, **HERE)
+    files.write(tmp_path / "b" / "runs.jsonl", break_((tmp_path / "a" / "runs.jsonl").read_text()))
+    with pytest.raises(UserError, match=r"runs\.jsonl is damaged .* remove it"):
+        sweep(JOBS, tmp_path / "b", worker, resume=True, keep=True, **HERE)
+    assert not (tmp_path / "b" / "runs" / "a" / "result.json").exists()
 
 
 def test_every_run_notes_where_it_comes_from(tmp_path):

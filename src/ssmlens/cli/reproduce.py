@@ -10,6 +10,7 @@ from ssmlens.errors import UserError
 
 if TYPE_CHECKING:
     from ssmlens.experiments import Item, Request
+    from ssmlens.results import Record
 
 ALL = "all"
 
@@ -81,7 +82,9 @@ def _of_items(option: str, given: list[str], chosen: "Item | None") -> dict[str,
 
 
 def _all(request: "Request", asked: Callable[[str], "Request"], json: bool) -> None:
-    """Items that cannot run are named at the end; the others are not kept waiting by them. Raises UserError then."""
+    """Items that cannot run are named at the end; the others are not kept waiting by them. Raises UserError then.
+
+    Resumed where an item's page is but its runs are not (a published copy), the page stands as it is."""
     from ssmlens.cli.output import finish, write
     from ssmlens.experiments import ITEMS, overview
     from ssmlens.experiments.base import Stopped
@@ -94,6 +97,10 @@ def _all(request: "Request", asked: Callable[[str], "Request"], json: bool) -> N
         # items of one group share runs: what is there from the one is not trained again for the other
         work = request.out / (item.group or name)
         resume = request.resume or (item.group is not None and item.group in records)
+        if (finished := _published(request, asked(name), work, name)) is not None:
+            records[name] = finished
+            write(finished, request.out / name)
+            continue
         try:
             records[name] = item.run(replace(asked(name), out=work, resume=resume))
             write(records[name], request.out / name)
@@ -108,6 +115,25 @@ def _all(request: "Request", asked: Callable[[str], "Request"], json: bool) -> N
             f"{len(missing)} of {len(ITEMS)} items could not be run: "
             + "; ".join(f"{name}: {why}" for name, why in missing.items())
         )
+
+
+def _published(request: "Request", asked: "Request", work: Path, name: str) -> "Record | None":
+    """The finished record of an item whose runs are elsewhere, where nothing but its defaults is asked for. Raises UserError where it is damaged."""
+    from ssmlens.results import Record
+
+    path = request.out / name / "results.json"
+    if (
+        not request.resume
+        or request.seeds
+        or asked.data
+        or asked.models
+        or (work / "runs").exists()
+        or not path.exists()
+    ):
+        return None
+    record = Record.read(path)
+    config = record.config
+    return record if record.complete and (config.get("item"), config.get("scale")) == (name, request.scale) else None
 
 
 def _workers() -> int:

@@ -47,7 +47,7 @@ def run(request: Request) -> Record:
     ]  # fmt: skip
     results = sweep(
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
-        progress=request.progress, title=f"figure4, {request.scale}",
+        progress=request.progress, title=f"figure4, {request.scale}", keep=True,
     )  # fmt: skip
     made_by = sweep_provenance(request.out, results)
     return record(request.scale, Runs(scale, {key: results[_id(key)] for key in keys}), made_by)

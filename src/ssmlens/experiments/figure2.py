@@ -58,7 +58,7 @@ def run(request: Request) -> Record:
     ]  # fmt: skip
     results = sweep(
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
-        progress=request.progress, title=f"figure2, {request.scale}",
+        progress=request.progress, title=f"figure2, {request.scale}", keep=True,
     )  # fmt: skip
     found = {m: [results[f"{m}-seed{s}"] for s in seeds] for m in models}
     return record(request.scale, found, seeds, sweep_provenance(request.out, results))

@@ -43,7 +43,7 @@ def run(request: Request) -> Record:
     ]  # fmt: skip
     results = sweep(
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
-        progress=request.progress, title=f"pixels, {request.scale}",
+        progress=request.progress, title=f"pixels, {request.scale}", keep=True,
     )  # fmt: skip
     labels = images.test.labels
     found: dict[str, Runs] = {}

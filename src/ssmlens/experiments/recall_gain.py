@@ -33,7 +33,7 @@ def trained(jobs: Sequence[Job], request: Request, title: str) -> dict[str, Any]
     try:
         return sweep(
             jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
-            progress=request.progress, title=title,
+            progress=request.progress, title=title, keep=True,
         )  # fmt: skip
     except (KeyboardInterrupt, SystemExit):
         paths = {name: request.out / "runs" / name / "result.json" for name, _ in jobs}

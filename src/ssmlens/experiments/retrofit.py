@@ -87,7 +87,7 @@ def run(request: Request) -> Record:
     ]  # fmt: skip
     results = sweep(
         jobs, request.out, work, processes=request.processes, threads_per_process=1, resume=request.resume,
-        progress=request.progress, title=f"retrofit, {request.scale}",
+        progress=request.progress, title=f"retrofit, {request.scale}", keep=True,
     )  # fmt: skip
     return record(request.scale, seeds, results, sweep_provenance(request.out, results), text)
 

@@ -1,6 +1,7 @@
 """Many runs with one command: finished ones are kept, the others continue, failures are counted.
 
-    DIR/runs/ID/    config.json, result.json or error.txt (schedulers.py), and whatever the worker writes
+    DIR/runs/ID/      config.json, result.json or error.txt (schedulers.py), and whatever the worker writes
+    DIR/runs.jsonl    where asked for: every finished run on a line (kept.py)
 
 What a run is and how it resumes is the worker's affair; usually it calls `train` with resume=True.
 """
@@ -14,6 +15,7 @@ from typing import Any
 from ssmlens import files
 from ssmlens.errors import UserError
 from ssmlens.progress import bars
+from ssmlens.training import kept
 from ssmlens.training.identity import differences, fingerprint
 from ssmlens.training.schedulers import Event, InThisProcess, LocalProcesses, Scheduler, Task, Worker
 
@@ -46,6 +48,7 @@ def sweep(
     progress: bool = True,
     title: str = "runs",
     scheduler: Scheduler | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Runs worker(config, directory, report) for every job and returns id → result, in the order of the jobs.
 
@@ -54,6 +57,8 @@ def sweep(
     processes: how many at a time, each with `threads_per_process` torch threads; 0: here, one after the other
     scheduler: another place to run them (`schedulers.py`)
     resume: keep finished runs, call the worker for the others: what is in the directory already it may continue itself
+    keep: note finished runs in DIR/runs.jsonl too, from which a copy without DIR/runs resumes; for workers whose result is all
+        that is read of a run
 
     Raises
         SweepError: at the end, when runs failed
@@ -65,7 +70,11 @@ def sweep(
     if scheduler is None:
         scheduler = LocalProcesses(processes, threads_per_process) if processes else InThisProcess(threads_per_process)
     with files.locked(Path(out_dir), "running"):
-        failures = _run(tasks, Path(out_dir), worker, scheduler, resume, progress, title)
+        try:
+            failures = _run(tasks, Path(out_dir), worker, scheduler, resume, progress, title)
+        finally:
+            if keep:
+                kept.pack(Path(out_dir))
     results = {task.id: _result(task)["result"] for task in tasks if task.id not in failures}
     if failures:
         raise SweepError(failures, results, Path(out_dir))
@@ -123,9 +132,13 @@ def _tasks(jobs: Sequence[Job], out_dir: Path) -> list[Task]:
 def _finished(tasks: list[Task], out_dir: Path, resume: bool) -> set[str]:
     """The ids whose result is there. Raises UserError: see `sweep`."""
     runs = files.make_directory(out_dir / "runs")
+    if resume:
+        kept.unpack(out_dir, {task.id for task in tasks})
     known = [task for task in tasks if (task.directory / "config.json").exists()]
-    if known and not resume:
-        raise UserError(f"{runs} holds runs already: resume them (--resume) or choose another directory")
+    if not resume and (known or (out_dir / kept.NAME).exists()):
+        raise UserError(
+            f"{runs if known else out_dir} holds runs already: resume them (--resume) or choose another directory"
+        )
     done = set()
     for task in known:
         old = _json(task.directory / "config.json")
